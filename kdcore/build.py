@@ -1,0 +1,352 @@
+"""From a checked recipe to the parts of a run: phase two (signatures) and phase three (models, taps, shapes)."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcore import plugins
+from kdcore.context import RunContext
+from kdcore.data import Source, key_seed
+from kdcore.distill import Distiller, Parts, Slot
+from kdcore.errors import InputError, KDError
+from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen
+from kdcore.recipe import components
+from kdcore.signature import Schema, import_string, schema_of
+from kdcore.tables import Recipe, Use
+from kdcore.taps import Taps
+from kdcore.task import Task, check_alignment
+from kdcore.types import Batch, Outputs
+
+NATIVE = ("logits", "mask", "target", "unembed", "topk")
+
+
+def schema(kind: str, name: str, place: str = "use") -> tuple[Any, Schema]:
+    """The target and the parameters of a component. Imports its module."""
+    _, component = plugins.registry().find(kind, name, place)
+    target = plugins.load_target(component, place)
+    return target, schema_of(target, component.name, is_loss=kind == "loss")
+
+
+def check_signatures(recipe: Recipe) -> None:
+    """Phase two: every component's parameters against its signature. Imports only what the recipe names."""
+    for place, kind, table in components(recipe):
+        params = _stage_params(kind, table)
+        _check(kind, table.use, params, place)
+
+
+def _stage_params(kind: str, table: Use) -> dict[str, Any]:
+    from kdcore.recipe import NESTED_TABLES
+
+    return {k: v for k, v in table.params.items() if kind != "stage" or k not in NESTED_TABLES}
+
+
+def _check(kind: str, name: str, params: Mapping[str, Any], place: str) -> None:
+    _, found = schema(kind, name, f"{place}.use")
+    found.validate(params, place)
+    for key, value in params.items():
+        inner = found.nested(key) if key in found.params else None
+        for index, each in enumerate(value if isinstance(value, list) else [value]):
+            if inner and isinstance(each, Mapping):
+                where = f"{place}.{key}.{index}" if isinstance(value, list) else f"{place}.{key}"
+                if "use" not in each:
+                    raise InputError(where, f"a {inner} is a table with 'use'", given=each)
+                _check(inner, each["use"], {k: v for k, v in each.items() if k != "use"}, where)
+
+
+class Builder:
+    """Makes components of a recipe, with references resolved. One a stage."""
+
+    def __init__(self, seed: int, artefacts: Mapping[str, Any] | None = None, folder: Path | None = None) -> None:
+        self.seed, self.artefacts, self.folder = seed, artefacts or {}, folder
+        self.built: dict[str, Any] = {}
+
+    def make(self, kind: str, use: str, params: Mapping[str, Any], place: str) -> Any:
+        """An instance of a component; its initial weights depend on the seed and its place alone."""
+        target, found = schema(kind, use, f"{place}.use")
+        checked = found.validate({k: self._artefact(v, f"{place}.{k}") for k, v in params.items()}, place)
+        values = {key: self._value(found, key, value, f"{place}.{key}") for key, value in checked.items()}
+        if kind == "loss" and not inspect.isclass(target):
+            instance: Any = FunctionLoss(target, found.tensors, values)
+        else:
+            torch.manual_seed(key_seed(self.seed, "weights", place))
+            try:
+                instance = target(**values)
+            except (TypeError, ValueError) as error:
+                raise InputError(place, f"{found.name} refused its parameters: {error}") from error
+        self.built[place.rpartition(".")[2]] = instance
+        return instance
+
+    def _value(self, found: Schema, key: str, value: Any, place: str) -> Any:
+        if key not in found.params:
+            return value
+        if (inner := found.nested(key)) is not None:
+            if isinstance(value, list):
+                return [self._nested(inner, each, f"{place}.{i}") for i, each in enumerate(value)]
+            return self._nested(inner, value, place)
+        if found.is_callable(key) and isinstance(value, str):
+            return import_string(value, place)
+        return value
+
+    def _nested(self, kind: str, value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return self.make(kind, value["use"], {k: v for k, v in value.items() if k != "use"}, place)
+        if isinstance(value, str) and value.startswith("@"):
+            if value[1:] not in self.built:
+                raise InputError(place, "nothing of this name is built here", given=value, allowed=sorted(self.built))
+            return _Reference(self.built[value[1:]])
+        return value
+
+    def _artefact(self, value: Any, place: str) -> Any:
+        """``"@stage.artefact"`` is what an earlier stage left."""
+        if not (isinstance(value, str) and value.startswith("@") and "." in value):
+            return value
+        if value[1:] not in self.artefacts:
+            raise InputError(place, "no such artefact", given=value, allowed=sorted(self.artefacts) or "none yet")
+        return self.artefacts[value[1:]]
+
+
+class _Reference:
+    """An instance that is used but not owned: calling it calls the instance, and it is no child module."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instance(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._instance, name)
+
+
+def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: bool = True) -> Parts:
+    """Every part of a run, built; taps are set by ``prepare``, after ``setup``."""
+    student = make_student(recipe, builder)
+    parts = Parts(
+        student,
+        Task(recipe.task, source.data.classes),
+        task_weight=recipe.task.weight,
+        task_streams=_tuple(recipe.task.stream),
+        forward=recipe.data.forward,
+        hold_eval=_matching_modules(student, recipe.student.hold_eval),
+        views={"student": recipe.student.view},
+    )
+    if not with_losses:
+        return parts
+    for name, table in recipe.teacher.items():
+        parts.teachers[name] = frozen(builder.make("teacher", table.use, table.params, f"teacher.{name}"))  # type: ignore[assignment]
+        parts.views[name] = table.view
+    if recipe.router:
+        table = recipe.router
+        parts.router = builder.make("router", table.use, table.params, "router")
+        parts.routed = tuple(table.teachers or recipe.teacher)
+    for index, each in enumerate(recipe.augmentation):
+        name = _unique(each.name or each.use, parts.augmentations)
+        parts.augmentations[name] = builder.make("augmentation", each.use, each.params, f"augmentation.{index}")
+    for index, each in enumerate(recipe.loss):
+        loss: Loss = builder.make("loss", each.use, each.params, f"loss.{index}")
+        reads_teacher = loss.joint or any(name.startswith("teacher.") for name in loss.wants())
+        teachers = (_tuple(each.teacher) or tuple(parts.teachers)) if reads_teacher else ()
+        if reads_teacher and not teachers:
+            raise InputError(f"loss.{index}", f"{each.use!r} reads a teacher, and the recipe has none", hint="add [teacher.main]")
+        name = _unique(each.name or each.use, {slot.name for slot in parts.losses})
+        parts.losses.append(Slot(name, loss, each.weight, teachers, _tuple(each.stream), each.reads))
+    return parts
+
+
+def make_student(recipe: Recipe, builder: Builder) -> Student:
+    student: Student = builder.make("student", recipe.student.use, recipe.student.params, "student")
+    if recipe.student.train is not None:
+        chosen = [n for n, _ in student.named_parameters() if _matches(n, recipe.student.train)]
+        if not chosen:
+            raise InputError("student.train", "no parameter matches", given=recipe.student.train)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    return student
+
+
+def prepare(parts: Parts, source: Source, run: RunContext, distiller: Distiller) -> None:
+    """Attach the run, call setup, set taps, and try everything on one small real batch."""
+    distiller.attach(run)
+    run.reseed("setup")
+    distiller.events.setup()
+    for teacher in parts.teachers.values():
+        frozen(teacher)
+    distiller.to(run.device)
+    _set_taps(parts)
+    _dry_run(distiller, run)
+
+
+def _set_taps(parts: Parts) -> None:
+    """One Taps a model, holding the paths that any loss or the router reads there."""
+    paths: dict[str, dict[str, str]] = {}
+    for index, slot in enumerate(parts.losses):
+        wants = slot.loss.wants()
+        for side, mapping in slot.reads.items():
+            if side not in ("student", "teacher"):
+                raise InputError(f"loss.{index}.reads.{side}", "no such side", allowed="student, teacher")
+            names = [w.partition(".")[2] for w in wants if w.startswith(f"{side}.")]
+            for name, path in mapping.items():
+                if name not in names:
+                    raise InputError(f"loss.{index}.reads.{side}.{name}", "the loss does not read this", allowed=names)
+                for model in ("student",) if side == "student" else slot.teachers:
+                    paths.setdefault(model, {})[path] = f"loss.{index}.reads.{side}.{name}"
+        for teacher in slot.teachers:
+            mapping = slot.reads.get("teacher", {})
+            names = [w.partition(".")[2] for w in wants if w.startswith("teacher.")]
+            parts.needs.setdefault(teacher, set()).update(mapping.get(name, name) for name in names)
+    for teacher in parts.routed if parts.router is not None else ():
+        parts.needs.setdefault(teacher, set()).add("logits")
+    for model, places in paths.items():
+        owner: Student | Teacher = parts.student if model == "student" else parts.teachers[model]
+        for path, place in places.items():
+            _check_path(owner.model, path, place)
+        parts.taps[model] = Taps(owner.model, {path: path for path in places})
+
+
+def _check_path(root: nn.Module, path: str, place: str) -> None:
+    from kdcore.errors import nearest
+
+    modules = [name for name, _ in root.named_modules() if name]
+    if path in modules or path.removesuffix(".in") in modules:
+        return
+    shown = ", ".join(modules[:30]) + (f", and {len(modules) - 30} more" if len(modules) > 30 else "")
+    raise InputError(place, "no module at this path of the model", given=path, allowed=shown, hint=nearest(path, modules))
+
+
+@torch.no_grad()
+def _dry_run(distiller: Distiller, run: RunContext) -> None:
+    """Shapes agree, every name that is read is given, and every term can be computed."""
+    parts, batch = distiller.parts, run.sample
+    was_training = distiller.training
+    distiller.eval()
+    run.reseed("dry run")
+    try:
+        for stream in batch.streams:
+            part = batch.part(stream)
+            said = _asked(distiller, "student", part, "student")
+            for name in parts.needs:
+                _aligned(said, _asked(distiller, name, part, f"teacher.{name}"), parts, name)
+        for augmentation in parts.augmentations.values():
+            batch = augmentation(batch)
+        distiller.terms(batch)
+    except InputError:
+        raise
+    except (KDError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise InputError(
+            "", f"the recipe fails on its first batch: {type(error).__name__}: {error}", hint="kd run --debug shows where"
+        ) from error
+    finally:
+        distiller.train(was_training)
+
+
+def _aligned(student: Outputs, teacher: Outputs, parts: Parts, name: str) -> None:
+    reading = [s for s in parts.losses if name in s.teachers and {"student.logits", "teacher.logits"} <= set(s.loss.wants())]
+    if any(not getattr(s.loss, "any_classes", False) for s in reading):
+        check_alignment(student, teacher, f"teacher.{name}")
+
+
+def _asked(distiller: Distiller, name: str, part: Batch, place: str) -> Outputs:
+    try:
+        return distiller.ask(name, part)
+    except InputError:
+        raise
+    except Exception as error:  # a model may raise anything on data that it was not made for
+        shapes = {k: tuple(v.shape) for k, v in part.items() if isinstance(v, torch.Tensor)}
+        raise InputError(
+            place, f"the model fails on the first batch: {type(error).__name__}: {error}", given=shapes
+        ) from error
+
+
+def trainable(distiller: Distiller) -> list[nn.Parameter]:
+    """What the run's optimiser trains: student and components, without those that step themselves."""
+    own = {id(p) for _, c in distiller.parts.components() if _owns(c) for p in c.parameters()}
+    owners: Iterable[Kind] = [c for n, c in distiller.parts.components() if not n.startswith("teacher.")]
+    found = {id(p): p for c in owners for p in c.parameters() if p.requires_grad and id(p) not in own}
+    return list(found.values())
+
+
+def _owns(component: Kind) -> bool:
+    return component.own_optimizer is not None
+
+
+def optimizer_of(table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str) -> torch.optim.Optimizer:
+    """A torch optimiser by name, its options checked against its signature."""
+    use = table.use if isinstance(table, Use) else table["use"]
+    options = table.params if isinstance(table, Use) else {k: v for k, v in table.items() if k != "use"}
+    known = {n: v for n, v in vars(torch.optim).items() if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)}
+    if use not in known or use == "Optimizer":
+        from kdcore.errors import nearest
+
+        raise InputError(f"{place}.use", "no such optimiser in torch.optim", given=use, hint=nearest(use, known))
+    checked = _numbers(schema_of(known[use], use).validate({k: _float(v) for k, v in options.items()}, place))
+    try:
+        return known[use](params, **checked)
+    except (ValueError, TypeError) as error:
+        raise InputError(place, f"{use} refused its options: {error}", given=options) from error
+
+
+def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.optim.Optimizer]:
+    """The optimisers of the components that step themselves, by component name."""
+    found = {}
+    for name, component in parts.components():
+        if component.own_optimizer is None:
+            if name in tables:
+                raise InputError(f"{name}.optimizer", "this component is trained by the run's optimiser", hint="take it out")
+            continue
+        params = [p for p in component.parameters() if p.requires_grad]
+        if params:
+            found[name] = optimizer_of(tables.get(name, component.own_optimizer), params, f"{name}.optimizer")
+    return found
+
+
+def optimizer_tables(recipe: Recipe, parts: Parts) -> dict[str, Use]:
+    """The recipe's ``optimizer`` tables by component name."""
+    tables: dict[str, Use] = {}
+    if recipe.router and recipe.router.optimizer:
+        tables["router"] = recipe.router.optimizer
+    for name, each in zip(parts.augmentations, recipe.augmentation, strict=True):
+        if each.optimizer:
+            tables[f"augmentation.{name}"] = each.optimizer
+    for slot, loss in zip(parts.losses, recipe.loss, strict=True):
+        if loss.optimizer:
+            tables[f"loss.{slot.name}"] = loss.optimizer
+    return tables
+
+
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _tuple(value: str | list[str] | None) -> tuple[str, ...] | None:
+    return None if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _matching_modules(student: Student, patterns: list[str]) -> tuple[nn.Module, ...]:
+    found = tuple(m for n, m in student.named_modules() if n and _matches(n, patterns))
+    if patterns and not found:
+        raise InputError("student.hold_eval", "no module matches", given=patterns)
+    return found
+
+
+def _unique(name: str, taken: Iterable[str]) -> str:
+    names = set(taken)
+    number = 2
+    unique = name = name.replace(".", "-")  # a module's name may hold no dot
+    while unique in names:
+        unique, number = f"{name}-{number}", number + 1
+    return unique

@@ -1,0 +1,122 @@
+"""Files that hold weights and state: written whole or not at all, loaded without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kdcore.errors import InputError, RunError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, synced and renamed to ``path`` when the block ends well, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(value, indent=2, default=str) + "\n", "utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors alone, as safetensors; shared storage is written once a name."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    with replacing(path) as draft:
+        safetensors.torch.save_file(plain, draft, dict(metadata or {}))
+
+
+def load_tensors(path: str | os.PathLike[str], place: str) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a torch file that holds tensors only."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(place, "no such checkpoint file", given=str(path))
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        found = load_state(file)
+    except pickle.UnpicklingError:
+        raise InputError(
+            place,
+            "this checkpoint holds more than weights (pickled code is never run)",
+            given=str(path),
+            hint="save model.state_dict() alone, best as .safetensors",
+        ) from None
+    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InputError(place, f"damaged checkpoint: {str(error).splitlines()[0]}", given=str(path)) from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise InputError(place, "not a state dict of tensors", given=str(path))
+    return found
+
+
+def load_weights(module: nn.Module, path: str | os.PathLike[str], place: str) -> None:
+    """Load every weight of ``module`` from a file, or say which are missing, unknown or of another shape."""
+    found, wanted = load_tensors(path, place), module.state_dict()
+    missing, unknown = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
+    shapes = [
+        f"{k}: file {tuple(found[k].shape)}, model {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in found and found[k].shape != wanted[k].shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{len(rows)} {what}, first {rows[0]}"
+            for what, rows in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+            if rows
+        ]
+        raise InputError(place, f"the checkpoint is of another architecture: {'; '.join(parts)}", given=str(path))
+    module.load_state_dict(found)
+
+
+def _safe_types() -> list[Any]:
+    """What mmengine and torch's own optimisers put into a checkpoint besides tensors."""
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    dtypes = {type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool", "uint32")}
+    reconstruct = np.array(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes]
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    with replacing(path) as draft:
+        torch.save(dict(state), draft)
+
+
+def load_state(path: Path, map_location: str = "cpu") -> dict[str, Any]:
+    """A torch file under weights-only rules, with what mmengine puts beside the tensors allowed."""
+    with torch.serialization.safe_globals(_safe_types()):
+        return dict(torch.load(path, map_location=map_location, weights_only=True))
+
+
+def newest_state(folder: Path, say: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state in ``folder`` that loads whole; damaged ones are named and passed over."""
+    for path in sorted(folder.glob("step-*.state"), reverse=True):
+        try:
+            return path, load_state(path)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+            say(f"{path.name} is damaged ({type(error).__name__}), using the one before it")
+    return None

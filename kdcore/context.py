@@ -1,0 +1,160 @@
+"""``self.run``: what a component may know and ask while a run goes on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcore import parallel
+from kdcore.data import Key, Keyed, Source, key_seed, shard
+from kdcore.kinds import Kind, Student, Teacher
+from kdcore.taps import Replace
+from kdcore.types import Batch, Outputs
+
+if TYPE_CHECKING:
+    from kdcore.distill import Distiller
+
+
+class RunContext:
+    """The state of a run as its components see it. Plain object, no module; set before ``setup``.
+
+    ``step`` counts optimiser updates; ``progress`` goes from 0 to 1. ``state`` is a dict for small values
+    that must survive a checkpoint; ``artefacts`` are those of earlier stages.
+    """
+
+    def __init__(
+        self, distiller: Distiller, source: Source, *, seed: int, folder: Path, artefacts: Mapping[str, Any]
+    ) -> None:
+        self._distiller, self.source, self.seed, self.folder = distiller, source, seed, folder
+        self.artefacts, self.state = dict(artefacts), {}  # type: dict[str, Any], dict[str, Any]
+        self.step, self.total_steps, self.steps_per_epoch = 0, 1, 1
+        self.device = torch.device("cpu")
+        self.order = source.order()
+        self.positions: dict[str, int] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.log: Callable[..., None] = lambda **values: None
+        self.terms: dict[str, float] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunContext:
+        return self  # copies of a model belong to the same run
+
+    @property
+    def sample(self) -> Batch:
+        """A small real batch, for shapes: setup may ask the models about it."""
+        return self.source.sample().to(self.device)
+
+    @property
+    def student(self) -> Student:
+        return self._distiller.student
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        return self._distiller.teachers
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        return min(self.step / max(self.total_steps, 1), 1.0)
+
+    def data(self, split: str) -> Iterator[Batch]:
+        """The batches of ``train``, ``tune`` or ``val``, on the device, in order. ``test`` is refused."""
+        if split == "test":
+            raise PermissionError("a component may not read the test split: it is read once, at the end")
+        return (batch.to(self.device) for batch in self.source.loader(split))
+
+    def stream(self, name: str) -> Batch:
+        """The next batch of a training stream of its own position: endless, and part of the checkpoint."""
+        sizes = self.source.batch_sizes
+        here = self.positions.get(name, 0)
+        keys, length = [], len(self.source.streams[name])
+        for place in range(here, here + sizes[name]):
+            cycle, offset = divmod(place, length)
+            keys.append(Key(name, cycle, self.order._permutation(name, cycle)[offset]))
+        self.positions[name] = here + sizes[name]
+        mine = shard(keys, parallel.rank(), parallel.world())
+        return Keyed({name: self.source.streams[name]}, self.seed).__getitems__(mine).to(self.device)
+
+    def ask(self, name: str, batch: Batch, grad: bool = False, replace: Replace | None = None) -> Outputs:
+        """What the student (``"student"``) or a teacher says of any batch; taps belong to this call.
+
+        ``grad`` lets gradient pass through a teacher to its inputs; the student always has it.
+        """
+        quiet = torch.no_grad() if name != "student" and not grad else nullcontext()
+        with quiet:
+            return self._distiller.ask(name, batch, replace=replace)
+
+    def update(self, component: Kind, loss: Tensor, clip: float | None = None) -> None:
+        """One step of a component's own optimiser on ``loss``; no other parameter gets a gradient from it."""
+        optimizer = self.optimizers[self._distiller.name_of(component)]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        parallel.average_gradients(params)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def objective(self, batch: Batch, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The step's own objective on any batch, as a function of the student's parameters (differentiable).
+
+        ``params`` maps names of ``run.student.named_parameters()`` to tensors that stand in for them.
+        """
+        swapped = {f"student.{name}": value for name, value in (params or {}).items()}
+        total: Tensor = torch.func.functional_call(self._distiller, swapped, (batch,))
+        return total
+
+    def task_terms(self, outputs: Outputs, batch: Batch) -> Any:
+        """The task's hard loss of these outputs: the student's own, or else the recipe's task's."""
+        return self._distiller.hard_terms(outputs, batch)
+
+    def rng(self, key: str, *, shared: bool = True) -> torch.Generator:
+        """A CPU generator keyed by (seed, step, key); equal on all ranks unless ``shared`` is False."""
+        rank = 0 if shared else parallel.rank() + 1
+        return torch.Generator().manual_seed(key_seed(self.seed, "rng", self.step, key, rank))
+
+    @property
+    def generator(self) -> torch.Generator:
+        """This step's generator, of this rank."""
+        return self.rng("generator", shared=False)
+
+    @property
+    def shared_generator(self) -> torch.Generator:
+        """This step's generator, the same on all ranks."""
+        return self.rng("generator")
+
+    def reseed(self, *what: Any) -> None:
+        """Make torch's, numpy's and Python's global generators a function of (seed, what, rank).
+
+        Called at every step, so what dropout and third-party code draw does not depend on what ran before.
+        """
+        seed = key_seed(self.seed, *what, parallel.rank())
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "state": self.state,
+            "positions": self.positions,
+            "drawn": self.order.drawn,
+            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.state, self.positions = state["step"], dict(state["state"]), dict(state["positions"])
+        self.order.drawn = dict(state["drawn"])
+        for name, value in state["optimizers"].items():
+            self.optimizers[name].load_state_dict(value)

@@ -1,0 +1,246 @@
+"""The kinds: what a teacher, student, router, loss, augmentation, stage, probe and exporter must do.
+
+``self.run`` (``kdcore.context.RunContext``) is there from ``setup`` on. Besides the methods below, any
+component may have any event of ``kdcore.hookspecs.RunEvents``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdcore.errors import InputError
+from kdcore.types import Batch, Outputs
+
+if TYPE_CHECKING:
+    from kdcore.context import RunContext
+
+Terms = Tensor | dict[str, Tensor]
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Freeze in place: no parameter takes gradient, and ``.train()`` leaves it in eval mode.
+
+    Gradient still passes through to the inputs, for components that declare ``grad_through``.
+    """
+    module.requires_grad_(False)
+    module.eval()
+    object.__setattr__(module, "train", lambda mode=True: module)
+    return module
+
+
+class Kind(nn.Module):
+    """What all components have. ``reads``: names of outputs, ``student.NAME`` or ``teacher.NAME``."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    own_optimizer: ClassVar[Mapping[str, Any] | None] = None
+    """The default optimiser (a table with ``use``) of a component that steps its own parameters through
+    ``run.update``; a component that leaves it None is trained by the run's optimiser."""
+    grad_through: ClassVar[bool] = False
+    run: RunContext
+
+    def wants(self) -> tuple[str, ...]:
+        """What this instance reads; the default is the class's ``reads``."""
+        return self.reads
+
+
+class Teacher(Kind):
+    """``forward(batch) -> Outputs``, called under ``no_grad`` in eval mode.
+
+    ``model`` is the module that taps' paths start from. ``saved``: its weights are part of the run's state
+    (it changes, or is made in the run); others are built again from the recipe.
+    """
+
+    saved: ClassVar[bool] = False
+
+    @property
+    def model(self) -> nn.Module:
+        return self
+
+    def forward(self, batch: Batch) -> Outputs:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Outputs")
+
+    def trainee(self) -> Student | None:
+        """This teacher as a student of its task, for ``train = {...}``; None where it cannot be trained."""
+        return None
+
+
+class Student(Kind):
+    """The model that is trained and shipped."""
+
+    @property
+    def model(self) -> nn.Module:
+        return self
+
+    def forward(self, batch: Batch) -> Outputs:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Outputs")
+
+    def task_loss(self, outputs: Outputs, batch: Batch) -> Terms | None:
+        """[B], [B,L] or named terms; None leaves it to the recipe's task."""
+        return None
+
+    def infer(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The inference rule: what metrics judge and what the exported graph returns."""
+        if outputs.logits is None:
+            raise InputError("student", f"{type(self).__name__} gives no logits, so it needs infer() of its own")
+        return {"logits": outputs.logits}
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the exported graph takes, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no inputs(batch): it cannot be exported")
+
+    def deploy(self) -> nn.Module:
+        """The module to ship: forward, then ``infer``, with nothing that only training needed."""
+        return Deployed(self)
+
+    def parameters_to_ship(self) -> dict[str, Tensor]:
+        return dict(self.state_dict())
+
+
+class Deployed(nn.Module):
+    """A student as a plain module: tensors in the order of ``inputs``, a dict of tensors out."""
+
+    def __init__(self, student: Student, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.student = student
+        self.names = names or tuple(getattr(student, "input_names", ("input",)))
+
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        batch = Batch(dict(zip(self.names, tensors, strict=True)))
+        return self.student.infer(self.student(batch))
+
+
+class Router(Kind):
+    """Weights [B,K] over the K teachers, or (weights, terms of its own).
+
+    Works on losses that give one value a sample. Gradient flows into the weights.
+    """
+
+    labels_column: ClassVar[bool] = False
+    """The weights have one column more, which weighs the task's own term."""
+
+    def plan(self, batch: Batch, student: Outputs) -> Tensor | None:
+        """Bool [B,K]: which teachers run on which samples. None: all on all."""
+        return None
+
+    def forward(
+        self, batch: Batch, student: Outputs, teachers: Mapping[str, Outputs]
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(batch, student, teachers) -> weights")
+
+
+class Loss(Kind):
+    """``forward(student, teacher, batch)`` gives a term or named terms: each [B], [B,L] or a scalar.
+
+    A term [B,L] is a sum over supervised positions divided by their count in the global batch. A loss
+    changes no state in forward (``after_step`` may).
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("student.logits", "teacher.logits")
+    hard_term: bool = False
+    t_squared: bool = True
+    zero_at_teacher: bool = False
+    couples_batch: bool = False
+    joint: ClassVar[bool] = False
+    """Called once with all teachers' outputs by name, instead of once a teacher."""
+    all_streams: ClassVar[bool] = False
+    """Called once with the outputs of all streams by name, instead of once a stream."""
+
+    def forward(self, student: Any, teacher: Any, batch: Batch) -> Terms:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, batch)")
+
+
+class FunctionLoss(Loss):
+    """A plain function as a loss: positional arguments are tensors, bound by name.
+
+    ``student_NAME`` and ``teacher_NAME`` are outputs of the models, ``batch`` is the batch, any other
+    name is the student's aligned ``target`` or ``mask``, else a value of the batch.
+    """
+
+    def __init__(self, function: Callable[..., Terms], tensors: tuple[str, ...], params: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.function, self.params, self.tensors = function, dict(params), tensors
+        for name in ("hard_term", "t_squared", "zero_at_teacher", "couples_batch"):
+            setattr(self, name, getattr(function, name, getattr(Loss, name)))
+
+    def wants(self) -> tuple[str, ...]:
+        pairs = (name.partition("_") for name in self.tensors)
+        return tuple(f"{side}.{rest}" for side, _, rest in pairs if side in ("student", "teacher") and rest)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+        return self.function(*(_bound(name, student, teacher, batch) for name in self.tensors), **self.params)
+
+    def extra_repr(self) -> str:
+        return ", ".join([getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())])
+
+
+def _bound(name: str, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
+    side, _, rest = name.partition("_")
+    if rest and side == "student":
+        return student[rest]
+    if rest and side == "teacher":
+        return teacher[rest]
+    if name == "batch":
+        return batch
+    if name in ("target", "mask") and getattr(student, name) is not None:
+        return getattr(student, name)
+    if name == "mask" and name not in batch:
+        return None
+    if name not in batch:
+        raise InputError("loss", f"the loss needs {name!r}, which the batch lacks", allowed=sorted(batch))
+    return batch[name]
+
+
+class Augmentation(Kind):
+    """``forward(batch) -> Batch``: decides what data the student (and its teachers) see."""
+
+    changes_inputs: ClassVar[bool] = True
+    """A cached teacher is refused beside an augmentation that changes inputs."""
+
+    def forward(self, batch: Batch) -> Batch:
+        return batch
+
+    def draw(self, size: int, epoch: int) -> Tensor | None:
+        """Indices (int64) of the next epoch's samples out of ``size``, in order; None leaves the order."""
+        return None
+
+
+class Stage:
+    """A procedure. ``run(run)`` returns artefacts by name: paths of files, or JSON values."""
+
+    def run(self, run: Any) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no run(run) -> artefacts")
+
+
+class Probe:
+    """An analysis of trained models. ``measure`` gives numbers or JSON values by name."""
+
+    def measure(self, run: Any, models: Mapping[str, nn.Module], data: Any) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no measure(run, models, data)")
+
+
+class Exporter:
+    """Turns a run's student into an artefact folder, or raises and leaves nothing."""
+
+    def export(self, request: Any, out: Path) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no export(request, out)")
+
+
+def as_outputs(result: Any) -> Outputs:
+    """A model's answer as Outputs: a tensor is logits; of a mapping, known names are fields."""
+    if isinstance(result, Outputs):
+        return result
+    if isinstance(result, Tensor):
+        return Outputs(logits=result)
+    if isinstance(result, Mapping):
+        known = {key: result[key] for key in ("logits", "mask", "target", "unembed", "topk") if key in result}
+        return Outputs(**known, tensors={k: v for k, v in result.items() if k not in known and torch.is_tensor(v)})
+    raise InputError(
+        "student",
+        f"the model returned {type(result).__name__}",
+        allowed="a tensor (logits), a dict of tensors, or kdcore.Outputs",
+    )

@@ -1,0 +1,139 @@
+"""Teachers and students of the core's stock: any torch module, and the student as its own teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdcore.checkpoint import load_weights
+from kdcore.errors import InputError
+from kdcore.kinds import Student, Teacher, as_outputs
+from kdcore.signature import import_string, schema_of
+from kdcore.types import Batch, Outputs
+
+
+def build_module(model: Callable[..., Any] | str, args: dict[str, Any], place: str = "model") -> nn.Module:
+    """The module that a callable returns for ``args``, which are checked against its signature."""
+    function = import_string(model, f"{place}.model") if isinstance(model, str) else model
+    checked = schema_of(function, str(model)).validate(args, f"{place}.args")
+    try:
+        module = function(**checked)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}.args", f"{model} refused its arguments: {error}", given=args) from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{place}.model", "does not return a torch.nn.Module", given=type(module).__name__)
+    return module
+
+
+class ModuleStudent(Student):
+    """A torch module as a student: called with the batch's ``inputs``; gives a tensor, a dict or Outputs."""
+
+    def __init__(
+        self,
+        *,
+        model: Callable[..., Any],
+        args: dict[str, Any] = {},  # noqa: B006 - read only; the schema shows the default
+        inputs: list[str] = ["input"],  # noqa: B006
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = build_module(model, args, "student")
+        self.input_names = tuple(inputs)
+        if checkpoint:
+            load_weights(self.module, checkpoint, "student.checkpoint")
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module
+
+    def forward(self, batch: Batch) -> Outputs:
+        return as_outputs(self.module(*(batch[name] for name in self.input_names)))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: batch[name] for name in self.input_names}
+
+    def parameters_to_ship(self) -> dict[str, Tensor]:
+        return dict(self.module.state_dict())
+
+
+class ModuleTeacher(Teacher):
+    """A torch module as a teacher, from ``checkpoint``, or trained by the recipe's ``train`` table."""
+
+    def __init__(
+        self,
+        *,
+        model: Callable[..., Any],
+        args: dict[str, Any] = {},  # noqa: B006
+        inputs: list[str] = ["input"],  # noqa: B006
+        checkpoint: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = build_module(model, args, "teacher")
+        self.input_names = tuple(inputs)
+        self.has_weights = bool(checkpoint)
+        if checkpoint:
+            load_weights(self.module, checkpoint, "teacher.checkpoint")
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module
+
+    def forward(self, batch: Batch) -> Outputs:
+        return as_outputs(self.module(*(batch[name] for name in self.input_names)))
+
+    def trainee(self) -> Student:
+        student = ModuleStudent(model=lambda: self.module, inputs=list(self.input_names))
+        return student
+
+
+class SelfTeacher(Teacher):
+    """The student as its own teacher: its ``initial`` weights, their ``ema``, or the ``current`` ones.
+
+    EMA: w <- decay * w + (1 - decay) * student after every step, buffers copied; part of the checkpoint.
+    """
+
+    saved = True
+
+    def __init__(
+        self,
+        *,
+        weights: Literal["initial", "ema", "current"] = "ema",
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.999,
+    ) -> None:
+        super().__init__()
+        self.weights, self.decay = weights, decay
+        self.copy: Student | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.run.student.model if self.copy is None else self.copy.model
+
+    def setup(self) -> None:
+        if self.weights != "current" and self.copy is None:
+            self.copy = copy.deepcopy(self.run.student)
+
+    def forward(self, batch: Batch) -> Outputs:
+        if self.copy is not None:
+            return self.copy(batch)  # type: ignore[no-any-return]
+        student = self.run.student
+        was_training = student.training
+        student.eval()
+        try:
+            return student(batch)  # type: ignore[no-any-return]
+        finally:
+            student.train(was_training)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.weights != "ema" or self.copy is None:
+            return
+        student = self.run.student
+        for mine, theirs in zip(self.copy.parameters(), student.parameters(), strict=True):
+            mine.lerp_(theirs.detach().to(mine.dtype), 1 - self.decay)
+        for mine, theirs in zip(self.copy.buffers(), student.buffers(), strict=True):
+            mine.copy_(theirs)

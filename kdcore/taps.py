@@ -1,0 +1,102 @@
+"""Taps: read or replace the tensors inside a model by module path, without editing the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdcore.errors import InputError, nearest
+
+Replace = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+class _Complete(Exception):  # noqa: N818 - a signal, never an error
+    """Every tap was reached and nothing further is wanted."""
+
+
+class Taps:
+    """Forward hooks on named modules of ``root``.
+
+    ``paths`` maps a name to a module path: ``layer3`` taps the module's output, ``layer3.in`` its first
+    input; of a tuple or list the first tensor is taken. Nothing is recorded outside ``reading``.
+    """
+
+    def __init__(self, root: nn.Module, paths: Mapping[str, str], place: str = "reads") -> None:
+        self.names = tuple(paths)
+        self._store: dict[str, Tensor] | None = None
+        self._replace: Replace = {}
+        self._stop = False
+        modules = dict(root.named_modules())
+        for name, path in paths.items():
+            wants_input = path.endswith(".in") and path not in modules
+            module = modules.get(path.removesuffix(".in") if wants_input else path)
+            if module is None or not path:
+                raise InputError(
+                    f"{place}.{name}",
+                    "no module at this path",
+                    given=path,
+                    allowed=_some([p for p in modules if p]),
+                    hint=nearest(path, modules),
+                )
+            if wants_input:
+                module.register_forward_pre_hook(self._input_hook(name))
+            else:
+                module.register_forward_hook(self._output_hook(name))
+
+    @contextmanager
+    def reading(self, replace: Replace | None = None, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Record into the yielded dict during this block. ``stop``: end the forward once all are recorded.
+
+        ``replace`` gives a tap's new value from its old one, for this block only.
+        """
+        if replace and (unknown := set(replace) - set(self.names)):
+            raise KeyError(f"no tap named {sorted(unknown)}; there are {list(self.names)}")
+        before = self._store, self._replace, self._stop
+        store: dict[str, Tensor] = {}
+        self._store, self._replace, self._stop = store, replace or {}, stop and bool(self.names)
+        try:
+            yield store
+        except _Complete:
+            pass
+        finally:
+            self._store, self._replace, self._stop = before
+
+    def _seen(self, name: str, value: Any) -> Any:
+        """Record, and return the value that the model goes on with."""
+        if self._store is None:
+            return value
+        tensor = _tensor(value)
+        if name in self._replace:
+            tensor = self._replace[name](tensor)
+            value = _with_tensor(value, tensor)
+        self._store[name] = tensor
+        if self._stop and len(self._store) == len(self.names):
+            raise _Complete
+        return value
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, args, output: self._seen(name, output)
+
+    def _input_hook(self, name: str) -> Callable[[nn.Module, Any], Any]:
+        return lambda module, args: (self._seen(name, args[0]), *args[1:])
+
+
+def _tensor(value: Any) -> Tensor:
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a tap reads tensors; this module gives {type(value).__name__}")
+    return value
+
+
+def _with_tensor(value: Any, tensor: Tensor) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)([_with_tensor(value[0], tensor), *value[1:]])
+    return tensor
+
+
+def _some(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
