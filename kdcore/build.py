@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,9 @@ def optimizer_of(table: Use | Mapping[str, Any], params: list[nn.Parameter], pla
         from kdcore.errors import nearest
 
         raise InputError(f"{place}.use", "no such optimiser in torch.optim", given=use, hint=nearest(use, known))
-    checked = _numbers(schema_of(known[use], use).validate({k: _float(v) for k, v in options.items()}, place))
+    schema = schema_of(known[use], use)
+    schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
+    checked = _numbers(schema.validate({k: _float(v) for k, v in options.items()}, place))
     try:
         return known[use](params, **checked)
     except (ValueError, TypeError) as error:

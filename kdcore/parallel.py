@@ -70,3 +70,20 @@ class _Gather(torch.autograd.Function):
 def gather(value: Tensor) -> Tensor:
     """All ranks' rows, in rank order, differentiably."""
     return value if world() == 1 else _Gather.apply(value)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def start() -> None:
+    """Join the process group that torchrun describes in the environment; nothing without it."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

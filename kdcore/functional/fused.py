@@ -1,10 +1,8 @@
-"""Value and gradient of the common divergences in one pass over a tile of logits, without autograd.
+"""Value and gradient of the divergences over a tile of logits that stays in cache, without autograd.
 
-A kernel takes the student's and the teacher's logits of a few rows, ``[R, V]``, finite, in float32 or float64 and
-already divided by the temperature. It returns the value of each row and leaves d value / d student logits in the
-place of the student's logits; the teacher's are scratch. With u = d value / d q the gradient is q u - q sum(q u).
-
-Tiles are small enough to stay in the processor's cache, which is where the time goes otherwise.
+A kernel takes student and teacher logits of a few rows, ``[R, V]``, finite, float32 or float64, divided by the
+temperature. It returns the rows' values and leaves d value / d student logits where the student's logits were;
+the teacher's are scratch. With u = d value / d q that gradient is q u - q sum(q u).
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from . import divergences as D
 
@@ -21,22 +20,22 @@ Kernel = Callable[..., Tensor]
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and log-normaliser [R, 1] of the rows."""
+    """Probabilities, and the log-normaliser ``[R, 1]`` in float64: its error would be common to a whole row."""
     p = z.softmax(-1)
     # The largest probability is 1 / sum exp(z - max z): two cheap reductions instead of a second exponential.
-    # In double, because an error here is common to a whole row and does not average out.
     return p, z.amax(-1, keepdim=True).double() - p.amax(-1, keepdim=True).double().log()
 
 
-def _log_ratio(a: Tensor, log_z: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """a - b - log_z as (the difference in the working precision, in `out`; what rounding log_z left, [R])."""
+def _log_ratio(a: Tensor, b: Tensor | float, log_z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """a - b - log_z: to the working precision, in `out`, and what that left of it, ``[R]``."""
     rounded = log_z.to(a.dtype)
     torch.sub(a, b, out=out).sub_(rounded)
     return out, (rounded.double() - log_z).squeeze(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a, b)
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 def _project(qu: Tensor, q: Tensor, out: Tensor) -> None:
@@ -44,7 +43,6 @@ def _project(qu: Tensor, q: Tensor, out: Tensor) -> None:
 
 
 def _log_mix(a: Tensor, b: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """m = weight a + (1 - weight) b and its logarithm."""
     m = torch.lerp(b, a, weight).clamp_min_(torch.finfo(a.dtype).tiny)
     return m, m.log()
 
@@ -52,30 +50,28 @@ def _log_mix(a: Tensor, b: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 def _forward_kl(zs: Tensor, zt: Tensor, *, subtract_entropy: bool) -> Tensor:
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
     if subtract_entropy:
-        ratio, rest = _log_ratio(zt, log_zt - log_zs, zs, out=zt)
+        ratio, rest = _log_ratio(zt, zs, log_zt - log_zs, out=zt)
         value = _dot(p, ratio) + rest
     else:
-        log_q, rest = _log_ratio(zs, log_zs, torch.zeros_like(log_zs, dtype=zs.dtype), out=zt)
+        log_q, rest = _log_ratio(zs, 0.0, log_zs, out=zt)
         value = -_dot(p, log_q) - rest
     torch.sub(q, p, out=zs)
     return value
 
 
 def _interpolated_kl(zs: Tensor, zt: Tensor, *, t: float | Tensor, subtract_entropy: bool) -> Tensor:
-    weight = t.unsqueeze(-1) if isinstance(t, Tensor) and t.ndim else t
-    torch.lerp(zs, zt, torch.as_tensor(weight, dtype=zs.dtype, device=zs.device), out=zt)
+    weight = torch.as_tensor(t, dtype=zs.dtype, device=zs.device)
+    torch.lerp(zs, zt, weight.unsqueeze(-1) if weight.ndim else weight, out=zt)
     return _forward_kl(zs, zt, subtract_entropy=subtract_entropy)
 
 
 def _kl_pair(zs: Tensor, zt: Tensor, forward: float | Tensor, reverse: float | Tensor) -> Tensor:
-    """forward KL(p || q) + reverse KL(q || p), constants of the rows [R, 1] or numbers."""
+    """forward KL(p || q) + reverse KL(q || p); the factors are numbers or constants of the rows, ``[R, 1]``."""
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    ratio, rest = _log_ratio(zs, log_zs - log_zt, zt, out=zt)
-    kl_qp = _dot(q, ratio).unsqueeze(-1)
-    kl_pq = -_dot(p, ratio).unsqueeze(-1)
+    ratio, rest = _log_ratio(zs, zt, log_zs - log_zt, out=zt)
+    kl_pq, kl_qp, rest = -_dot(p, ratio).unsqueeze(-1), _dot(q, ratio).unsqueeze(-1), rest.unsqueeze(-1)
     torch.sub(q, p, out=zs).mul_(forward)
     zs.add_(ratio.sub_(kl_qp).mul_(q).mul_(reverse))
-    rest = rest.unsqueeze(-1)
     return (forward * (kl_pq - rest) + reverse * (kl_qp + rest)).squeeze(-1)
 
 
@@ -83,32 +79,31 @@ def _adaptive_kl(zs: Tensor, zt: Tensor, *, mu: float) -> Tensor:
     D.check_unit("mu", mu)
     p, gap = zt.softmax(-1), zs.softmax(-1)
     gap.sub_(p).abs_()
-    w = _head_gap(p, gap, mu) / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
-    w = w.unsqueeze(-1)
+    w = _head_gap(p, gap, mu) / gap.sum(-1, keepdim=True).clamp_min(torch.finfo(gap.dtype).tiny)
     return _kl_pair(zs, zt, w, 1 - w)
 
 
 def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
-    """The gap summed over the teacher's head; sorts no more of a row than the head's size asks for."""
+    """The gap summed over the teacher's head; sorts no more of the rows than the heads ask for."""
     size = min(64, p.shape[-1])
     while True:
         top, order = p.topk(size, -1)
         head = top.cumsum(-1) <= mu
         if size == p.shape[-1] or not bool(head[:, -1].any()):
-            break
+            head[:, 0] = True
+            return (gap.gather(-1, order) * head).sum(-1, keepdim=True)
         size = min(8 * size, p.shape[-1])
-    head[:, 0] = True
-    return (gap.gather(-1, order) * head).sum(-1)
 
 
 def _generalized_js(zs: Tensor, zt: Tensor, *, beta: float) -> Tensor:
-    D.check_open_unit("beta", beta)
+    D.check_unit("beta", beta)
+    D.check_not_end("beta", beta)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
     _, log_m = _log_mix(p, q, beta)
-    ratio_p, rest_p = _log_ratio(zt, log_zt, log_m, out=zt)
-    ratio_q, rest_q = _log_ratio(zs, log_zs, log_m, out=zs)
+    ratio_p, rest_p = _log_ratio(zt, log_m, log_zt, out=zt)
+    ratio_q, rest_q = _log_ratio(zs, log_m, log_zs, out=zs)
     kl_p, kl_q = _dot(p, ratio_p), _dot(q, ratio_q)
-    zs.sub_(kl_q.unsqueeze(-1)).mul_(q).mul_(1 - beta)
+    ratio_q.sub_(kl_q.unsqueeze(-1)).mul_(q).mul_(1 - beta)
     return beta * (kl_p + rest_p) + (1 - beta) * (kl_q + rest_q)
 
 
@@ -118,7 +113,7 @@ def _skew_forward_kl(zs: Tensor, zt: Tensor, *, alpha: float) -> Tensor:
         return _forward_kl(zs, zt, subtract_entropy=True)
     (p, log_zt), q = _softmax(zt), zs.softmax(-1)
     m, log_m = _log_mix(p, q, alpha)
-    ratio, rest = _log_ratio(zt, log_zt, log_m, out=zt)
+    ratio, rest = _log_ratio(zt, log_m, log_zt, out=zt)
     value = _dot(p, ratio) + rest
     _project(p.mul_(q).div_(m).mul_(alpha - 1), q, out=zs)
     return value
@@ -130,7 +125,7 @@ def _skew_reverse_kl(zs: Tensor, zt: Tensor, *, alpha: float) -> Tensor:
         return _kl_pair(zs, zt, forward=0.0, reverse=1.0)
     p, (q, log_zs) = zt.softmax(-1), _softmax(zs)
     m, log_m = _log_mix(q, p, alpha)
-    ratio, rest = _log_ratio(zs, log_zs, log_m, out=zs)
+    ratio, rest = _log_ratio(zs, log_m, log_zs, out=zs)
     value = _dot(q, ratio) + rest
     _project(ratio.addcdiv_(q, m, value=-alpha).mul_(q), q, out=zs)
     return value
@@ -144,45 +139,32 @@ def _total_variation(zs: Tensor, zt: Tensor) -> Tensor:
     return value
 
 
-def _hellinger(zs: Tensor, zt: Tensor) -> Tensor:
-    root_p, q = zt.softmax(-1).sqrt_(), zs.softmax(-1)
-    root_q = q.sqrt()
-    gap = torch.sub(root_p, root_q, out=zt)
-    value = _dot(gap, gap) / 2
-    _project(root_p.mul_(root_q).div_(-2), q, out=zs)
-    return value
-
-
-def _alpha_divergence(zs: Tensor, zt: Tensor, *, alpha: float) -> Tensor:
-    D.check_alpha(alpha)
+def _alpha_divergence(zs: Tensor, zt: Tensor, *, alpha: float, times: float = 1.0) -> Tensor:
+    D.check_not_end("alpha", alpha)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    constant = torch.lerp(log_zs, log_zt, alpha).to(zs.dtype)
-    product = torch.lerp(zs, zt, alpha, out=zs).sub_(constant).exp_()
-    value = torch.lerp(q, p, alpha, out=p).sub_(product).sum(-1) / (alpha * (1 - alpha))
-    _project(product.div_(-alpha), q, out=zs)
+    log_z = torch.lerp(log_zs, log_zt, alpha)
+    product = torch.lerp(zs, zt, alpha, out=zs).sub_(log_z.to(zs.dtype)).exp_()
+    value = torch.lerp(q, p, alpha, out=p).sub_(product).sum(-1) * (times / (alpha * (1 - alpha)))
+    _project(product.mul_(-times / alpha), q, out=zs)
     return value
 
 
 def _decoupled_kl(zs: Tensor, zt: Tensor, *, target: Tensor, alpha: float, beta: float) -> Tensor:
-    """TCKD in the logit of {target, rest}, NCKD as forward KL over the rest."""
-    index = target.clamp_min(0).unsqueeze(-1)
-    logits_of_target = [z.gather(-1, index).double() for z in (zs, zt)]
-    for z in (zs, zt):  # far below every other class: probability 0, and a finite difference
+    """TCKD in the log-odds of {target, rest}, NCKD as forward KL over the rest."""
+    index, ignored = target.clamp_min(0).unsqueeze(-1), (target < 0).unsqueeze(-1)
+    of_target = [z.gather(-1, index).double() for z in (zs, zt)]
+    for z in (zs, zt):  # far below every other class: no probability, and a finite difference
         z.scatter_(-1, index, torch.finfo(z.dtype).min / 4)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    odds_s, odds_t = logits_of_target[0] - log_zs, logits_of_target[1] - log_zt
-    q_target, p_target = odds_s.sigmoid(), odds_t.sigmoid()
-    log = torch.nn.functional.logsigmoid
-    tckd = p_target * (log(odds_t) - log(odds_s)) + (1 - p_target) * (log(-odds_t) - log(-odds_s))
-    ratio, rest = _log_ratio(zt, log_zt - log_zs, zs, out=zt)
-    ratio.scatter_(-1, index, 0.0)
+    odds_s, odds_t = of_target[0] - log_zs, of_target[1] - log_zt
+    p_target, pull = odds_t.sigmoid(), (odds_s.sigmoid() - odds_t.sigmoid()).to(zs.dtype) * alpha
+    tckd = p_target * (logsigmoid(odds_t) - logsigmoid(odds_s))
+    tckd += (1 - p_target) * (logsigmoid(-odds_t) - logsigmoid(-odds_s))
+    ratio, rest = _log_ratio(zt, zs, log_zt - log_zs, out=zt)
     nckd = _dot(p, ratio) + rest
-    pull = (alpha * (q_target - p_target)).to(zs.dtype)
     torch.sub(q, p, out=zs).mul_(beta).addcmul_(q, pull, value=-1)
-    zs.scatter_(-1, index, pull)
-    ignored = target < 0
-    zs.masked_fill_(ignored.unsqueeze(-1), 0.0)
-    return (alpha * tckd.squeeze(-1) + beta * nckd).masked_fill(ignored, 0.0)
+    zs.scatter_(-1, index, pull).masked_fill_(ignored, 0.0)
+    return (alpha * tckd + beta * nckd.unsqueeze(-1)).masked_fill(ignored, 0.0).squeeze(-1)
 
 
 KERNELS: dict[Callable[..., Tensor], Kernel] = {
@@ -196,8 +178,8 @@ KERNELS: dict[Callable[..., Tensor], Kernel] = {
     D.skew_forward_kl: _skew_forward_kl,
     D.skew_reverse_kl: _skew_reverse_kl,
     D.total_variation: _total_variation,
-    D.hellinger: _hellinger,
+    D.hellinger: partial(_alpha_divergence, alpha=0.5, times=0.25),
     D.alpha_divergence: _alpha_divergence,
     D.decoupled_kl: _decoupled_kl,
 }
-"""The kernel of each function; a kernel takes the function's own options, less temperature and t_squared, all given."""
+"""Each takes its function's own options, all given, without temperature and t_squared."""
