@@ -1,0 +1,89 @@
+"""What the tests share: a tiny recipe, plugins made on the spot, and runs that are killed and resumed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import itertools
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kdcore import plugins
+from kdcore.plugins import Entry
+
+_numbers = itertools.count()
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"source": "kdcore.datasets:digits", "args": {"labels": 100}, "batch_size": 32},
+    "teacher": {
+        "main": {"use": "module", "model": "kdcore.zoo:mlp", "args": {"hidden": [16]}, "train": {"epochs": 1}}
+    },
+    "student": {"use": "module", "model": "kdcore.zoo:mlp", "args": {"hidden": [8]}},
+    "loss": [{"use": "kd", "temperature": 4.0, "weight": 0.9}],
+    "train": {"epochs": 2, "optimizer": {"use": "AdamW", "lr": 2e-3}},
+}
+
+
+@pytest.fixture()
+def tiny() -> dict[str, Any]:
+    """A recipe that trains in a second; a fresh copy to change."""
+    tree = copy.deepcopy(TINY)
+    tree["data"]["args"]["flat"] = True
+    return tree
+
+
+@pytest.fixture()
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Write a Python module where it can be imported; returns its name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(code: str, name: str = "") -> str:
+        name = name or f"made_{next(_numbers)}"
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code), "utf-8")
+        importlib.invalidate_caches()
+        return name
+
+    return write
+
+
+@pytest.fixture()
+def install(write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Entry]]:
+    """Install a plugin for one test: ``install("slug", code)``. Installed plugins stay beside it."""
+    real = plugins._entry_points()
+    added: list[Entry] = []
+    made: list[str] = []
+
+    def put(slug: str, code: str, *, distribution: str = "", requires: tuple[str, ...] = ()) -> Entry:
+        module = write_module(code, f"plugin_{slug.replace('-', '_')}_{next(_numbers)}")
+        made.append(module)
+        entry = Entry(slug, distribution or f"kd-plugin-{slug}", "0.1", module, requires)
+        added.append(entry)
+        plugins.registry.cache_clear()
+        return entry
+
+    monkeypatch.setattr(plugins, "_entry_points", lambda: [*real, *added])
+    yield put
+    plugins.registry.cache_clear()
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture()
+def digest() -> Callable[[Path], dict[str, str]]:
+    """Digests of everything that a run leaves, apart from what says how long it took."""
+
+    def of(folder: Path) -> dict[str, str]:
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            timed = path.suffix in (".md", ".html", ".state", ".log", ".png") or "engine" in path.parts
+            if path.is_file() and not timed and path.name not in ("results.json", "result.json", "artefacts.json"):
+                found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+    return of
