@@ -342,18 +342,20 @@ def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
 
 
 def _schedulers(train: TrainTable, steps: int) -> list[dict[str, Any]]:
-    """mmengine's schedulers, by step: an optional linear warm-up, then constant, cosine or linear to zero."""
+    """mmengine's schedulers, by step: an optional linear warm-up, then constant, cosine or linear to zero.
+
+    mmengine's LinearLR arrives one step before its ``end``, hence the ones that are added.
+    """
     warm = round(train.schedule.warmup * steps)
     found: list[dict[str, Any]] = []
     if warm:
-        found.append({"type": "LinearLR", "start_factor": 1 / (warm + 1), "by_epoch": False, "begin": 0, "end": warm})
+        found.append({"type": "LinearLR", "start_factor": 1 / (warm + 1), "begin": 0, "end": warm + 1})
+    main: dict[str, Any] = {"begin": warm, "end": steps + 1}
     if train.schedule.use == "cosine":
-        found.append({"type": "CosineAnnealingLR", "T_max": max(steps - warm, 1), "by_epoch": False, "begin": warm, "end": steps})
+        found.append({"type": "CosineAnnealingLR", "T_max": max(steps - warm, 1), **main})
     if train.schedule.use == "linear":
-        found.append(
-            {"type": "LinearLR", "start_factor": 1.0, "end_factor": 0.0, "by_epoch": False, "begin": warm, "end": steps}
-        )
-    return found
+        found.append({"type": "LinearLR", "start_factor": 1.0, "end_factor": 0.0, **main})
+    return [{**each, "by_epoch": False} for each in found]
 
 
 def _frozen_teachers(distiller: Distiller) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
+from torch.nn import SyncBatchNorm
 
 from kdcore import build, parallel
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
@@ -83,6 +84,8 @@ class StageRun:
             student.to(self.device)
             result: dict[str, Any] = json.loads(done.read_text("utf-8"))
             return result
+        if parallel.world() > 1:
+            _refuse_batch_statistics(student)
         distiller, run = self.context(parts)
         distiller.guards.enabled = self.recipe.report.guards
         folder.mkdir(parents=True, exist_ok=True)
@@ -315,6 +318,18 @@ def device_of(name: str) -> torch.device:
         raise InputError("train.device", "no CUDA device is here", given=name, allowed="cpu, auto")
     index = f":{torch.cuda.current_device()}" if torch.cuda.is_available() else ""
     return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else f"cuda{index}")
+
+
+def _refuse_batch_statistics(student: nn.Module) -> None:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for name, module in student.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, SyncBatchNorm):
+            raise InputError(
+                "student",
+                f"{name!r} has batch statistics: over {parallel.world()} processes each would see its own share",
+                hint='use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process',
+            )
 
 
 def _streams(run: StageRun) -> tuple[str, ...] | None:
