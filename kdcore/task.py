@@ -39,20 +39,33 @@ class Task:
     def terms(self, outputs: Outputs, batch: Batch) -> Tensor | None:
         """Cross-entropy ([B], [B,L] or [B] averaged over pixels) or squared error [B]; None without labels."""
         target = outputs.target if outputs.target is not None else batch.get("target")
-        if self.table.use == "none" or target is None or outputs.logits is None:
+        if self.table.use == "none" or target is None:
+            return None
+        if self.table.use == "language":
+            return self._tokens(outputs, target)
+        if outputs.logits is None:
             return None
         logits = outputs.logits.float()
         if self.table.use == "regression":
             return (logits - target.float()).square().reshape(len(logits), -1).mean(-1)
-        classes_at = 1 if self.table.use in ("classification", "segmentation") else -1
-        loss = F.cross_entropy(
-            logits.movedim(classes_at, 1),
-            target,
-            reduction="none",
-            label_smoothing=self.table.label_smoothing,
-            ignore_index=-100,
-        )
+        loss = self._cross_entropy(logits, target=target)
         return loss.flatten(1).mean(-1) if self.table.use == "segmentation" else loss
+
+    def _tokens(self, outputs: Outputs, target: Tensor) -> Tensor | None:
+        """[B,L], 0 where the target is -100; in chunks where the model keeps its output layer apart."""
+        if outputs.logits is not None:
+            return self._cross_entropy(outputs.logits.flatten(0, -2), target=target.flatten()).view_as(target)
+        if outputs.unembed is None:
+            return None
+        from kdcore.functional import chunked
+
+        return chunked(self._cross_entropy, outputs.unembed, (), target != -100, per_token={"target": target})
+
+    def _cross_entropy(self, logits: Tensor, *, target: Tensor) -> Tensor:
+        smoothing = self.table.label_smoothing
+        return F.cross_entropy(
+            logits.float(), target, reduction="none", label_smoothing=smoothing, ignore_index=-100
+        )
 
     def meter(self) -> Meter:
         return Meter(self)
@@ -62,17 +75,20 @@ class Meter:
     """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
-        self._metrics = {name: self._make(name) for name in task.metrics}
-        self.count = 0
+        self.task, self.count = task, 0
+        # a language model's classes are its vocabulary, which its first logits tell
+        self._metrics = {} if task.table.use == "language" else self._made(task.classes)
 
-    def _make(self, name: str) -> Any:
+    def _made(self, classes: int | None) -> dict[str, Any]:
+        return {name: self._make(name, classes) for name in self.task.metrics}
+
+    def _make(self, name: str, classes: int | None) -> Any:
         kind = _metric_class(name)
         if self.task.table.use == "regression" or name == "perplexity":
             return kind(ignore_index=-100) if name == "perplexity" else kind()
-        if not self.task.classes:
+        if not classes:
             raise InputError("data.source", f"metric {name!r} needs the number of classes", hint="set Data.classes")
-        options: dict[str, Any] = {"task": "multiclass", "num_classes": self.task.classes}
+        options: dict[str, Any] = {"task": "multiclass", "num_classes": classes}
         if name == "accuracy":
             options["average"] = "micro"
         if name in ("accuracy", "jaccard_index"):
@@ -86,11 +102,12 @@ class Meter:
         prediction = inferred.get("logits", inferred.get("probabilities", next(iter(inferred.values()))))
         prediction, target = prediction.detach().float().cpu(), target.cpu()
         self.count += len(target)
+        if self.task.table.use == "language":
+            self._metrics = self._metrics or self._made(prediction.shape[-1])
+            prediction, target = prediction[target != -100], target[target != -100]
         for name, metric in self._metrics.items():
-            if prediction.dim() == 3 and name == "perplexity":
-                metric.update(prediction, target)
-            elif prediction.dim() == 3:
-                metric.update(prediction.flatten(0, 1), target.flatten())
+            if name == "perplexity":  # wants [B,L,V] and [B,L]
+                metric.update(prediction[None], target[None])
             else:
                 metric.update(prediction, target)
 

@@ -132,11 +132,17 @@ class Batch(dict[str, Any]):
 
 
 class Unembed(NamedTuple):
-    """An output layer that was not applied: logits = hidden @ weight.T + bias."""
+    """An output layer that was not applied: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    softcap(z) = c tanh(z / c), None for none (Gemma's ``final_logit_softcapping``); ``scale`` is Cohere's
+    ``logit_scale`` or Granite's 1 / ``logits_scaling``. ``kdcore.functional.chunked`` reads it as it is.
+    """
 
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
     bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 class TopK(NamedTuple):
@@ -199,7 +205,7 @@ class Outputs:
         return replace(self._map(lambda v: v[index]), unembed=unembed, topk=topk, rows=None)
 
     def detach(self) -> Outputs:
-        unembed = self.unembed and Unembed(*(None if v is None else v.detach() for v in self.unembed))
+        unembed = self.unembed and Unembed(*(v.detach() if hasattr(v, "detach") else v for v in self.unembed))
         return replace(self._map(lambda v: v.detach() if hasattr(v, "detach") else v), unembed=unembed)
 
 
