@@ -140,6 +140,7 @@ class Distiller(nn.Module):
         for augmentation in self.parts.augmentations.values():
             batch = augmentation(batch)
         self._events.before_step(batch=batch)
+        self.guards.witness(batch, self.student, self.parts.teachers, run.step)
         chunks = batch.chunks(self.accumulate)
         self._count(batch, len(chunks))
         logs: dict[str, Tensor] = {}

@@ -1,11 +1,13 @@
 """Guards: is every loss term alive, is the teacher what it should be, is anything NaN?
 
 A term is looked at in the first step in which it has a weight: its value, the norm of its gradient at the
-student's outputs, and its share of the sum of those norms.
+student's outputs, and its share of the sum of those norms. The first steps leave a fingerprint besides: two
+runs whose fingerprints are equal began with the same weights and saw the same data.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import RunError
-from kdcore.types import Outputs
+from kdcore.types import Batch, Outputs
 
 DEAD_SHARE = 0.01
+WITNESSED_STEPS = 3
+SAMPLED = 65_536  # elements of a weight that enter its digest, evenly spaced: large models take no time
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Guards:
     readings: list[Reading] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     enabled: bool = True
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
     def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Mapping[str, Outputs], step: int) -> None:
@@ -67,6 +72,19 @@ class Guards:
                 f"(weight {r.weight:g}, value {r.value:.4g}). Raise its weight, or take it out."
             )
 
+    def witness(self, batch: Batch, student: nn.Module, teachers: Mapping[str, nn.Module], step: int) -> None:
+        """Note what the run began with: augmented batch and weights at step 0, ids of the first steps."""
+        if step >= WITNESSED_STEPS or not self.enabled:
+            return
+        parts = batch.parts or {"main": batch}
+        if step == 0:
+            seen = {name: {k: v for k, v in part.items() if k != "id"} for name, part in parts.items()}
+            weights = {name: digest(model.state_dict(), SAMPLED) for name, model in teachers.items()}
+            self.fingerprint = {"batch": digest(seen), "student": digest(student.state_dict(), SAMPLED)}
+            self.fingerprint |= {"teachers": weights, "ids": []}
+        if "ids" in self.fingerprint:
+            self.fingerprint["ids"].append(digest({name: part.get("id") for name, part in parts.items()}))
+
     def remember(self, teachers: Mapping[str, nn.Module]) -> None:
         """Note the frozen teachers' version counters: any in-place change of a weight or buffer moves them."""
         self._versions = {name: _version(teacher) for name, teacher in teachers.items()}
@@ -80,11 +98,33 @@ class Guards:
                 raise RunError(f"teacher {name!r} was changed during the run: something wrote to its weights")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"terms": [asdict(r) for r in self.readings], "warnings": list(self.warnings)}
+        terms = [asdict(r) for r in self.readings]
+        return {"terms": terms, "warnings": list(self.warnings), "fingerprint": dict(self.fingerprint)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.readings = [Reading(**r) for r in state["terms"]]
         self.warnings = list(state["warnings"])
+        self.fingerprint = dict(state.get("fingerprint", {}))
+
+
+def digest(value: Any, limit: int | None = None) -> str:
+    """16 hexadecimal digits of tensors (dtype, shape, bits), of mappings and lists of them, else of the repr.
+
+    ``limit``: a tensor with more elements is sampled, evenly.
+    """
+    state = hashlib.blake2b(digest_size=8)
+    if isinstance(value, Tensor):
+        flat = value.detach().reshape(-1)
+        flat = flat[:: max(len(flat) // limit, 1)] if limit else flat
+        state.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        state.update(repr([(str(k), digest(value[k], limit)) for k in sorted(value)]).encode())
+    elif isinstance(value, list | tuple):
+        state.update(repr([digest(each, limit) for each in value]).encode())
+    else:
+        state.update(repr(value).encode())
+    return state.hexdigest()
 
 
 def check_finite(logs: Mapping[str, Tensor], step: int) -> None:
