@@ -1,0 +1,90 @@
+"""Errors are one screen: place, problem, file, value, what is allowed, a hint; nothing a terminal obeys."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from kdcore.errors import InputError, Interrupted, KDError, RunError, cause, nearest
+
+
+def test_an_input_error_shows_place_value_allowed_and_hint() -> None:
+    error = InputError(
+        "loss.0.use", "unknown loss 'kdd'", given="kdd", allowed=["kd", "task"], hint="did you mean 'kd'?"
+    )
+    error.source = "r.toml, line 3"
+    assert str(error).splitlines() == [
+        "loss.0.use: unknown loss 'kdd'",
+        "  in      r.toml, line 3",
+        "  given   'kdd'",
+        "  allowed kd, task",
+        "  hint    did you mean 'kd'?",
+    ]
+
+
+def test_rows_without_content_are_left_out_but_an_empty_string_or_none_that_was_given_is_shown() -> None:
+    assert str(InputError("", "the recipe is empty")) == "the recipe is empty"
+    assert "given   ''" in str(InputError("name", "too short", given=""))
+    assert "given   None" in str(InputError("name", "missing", given=None))
+    assert "allowed" not in str(InputError("name", "missing", allowed=[]))
+
+
+@pytest.mark.parametrize("kind, code", [(InputError, 2), (RunError, 1), (KDError, 1), (Interrupted, 3)])
+def test_exit_codes(kind: type[KDError], code: int) -> None:
+    assert kind.exit_code == code
+    assert issubclass(kind, KDError)
+
+
+def test_everything_huge_stays_on_one_screen() -> None:
+    error = InputError(
+        "k" * 10_000,
+        "line\n" * 500 + "x" * 10_000,
+        given=["v" * 10_000],
+        allowed=(f"name-{i}" for i in range(10_000)),
+        hint="h\n" * 1000,
+    )
+    error.source = "p" * 100_000
+    text = str(error)
+    assert len(text.splitlines()) < 20
+    assert len(text) < 6_000
+    assert "name-0, name-1" in text
+    assert "name-9999" not in text
+    assert "..." in text
+
+
+def test_no_control_character_reaches_the_terminal() -> None:
+    text = str(InputError("a\x1b[2J\nb", "bad \x07 \ud800", given="\x1b", allowed="x\ry", hint="\u202e"))
+    assert re.findall(r"[^\x20-\x7e\n]", text) == []
+    assert text.splitlines()[0].startswith(r"a\x1b[2J\nb: bad")
+    text.encode("utf-8")  # lone surrogates would raise here
+
+
+def test_a_value_that_cannot_show_itself_is_named_by_its_type() -> None:
+    class Silent:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    assert "<Silent>" in str(InputError("x", "bad", given=Silent()))
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "<list>" in str(InputError("x", "bad", given=deep))
+
+
+def test_nearest_finds_a_misspelling_and_nothing_where_nothing_is_near() -> None:
+    assert nearest("temprature", ["weight", "temperature"]) == "did you mean 'temperature'?"
+    assert nearest("zzz", ["weight", "temperature"]) is None
+    assert nearest("a" * 1_000_000, ["a" * 999_999]) is None
+    assert nearest("sgd", ["Adagrad", "SGD"]) == "did you mean 'SGD'?"
+    assert nearest(50, ["500", "weight"]) == "did you mean '500'?"
+
+
+def test_cause_is_one_line_even_for_an_exception_whose_message_fails() -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    assert cause(ValueError("first\n  second")) == "ValueError: first second"
+    assert cause(SystemExit()) == "SystemExit"
+    assert cause(Broken()) == "Broken"
+    assert len(cause(ValueError("x" * 5000))) < 330
