@@ -73,7 +73,8 @@ def digits(
         *sets,
         classes=10,
         labels=[str(i) for i in range(10)],
-        preprocessing=[{"step": "scale", "factor": 1 / 16}],
+        preprocessing=[{"step": "scale", "factor": 1 / 16}, *([] if flat else [{"step": "add_axis", "axis": 1}])],
+        raw=lambda ids: {"input": (raw.data if flat else raw.images)[list(ids)].astype("float32")},
         description=f"scikit-learn digits, {len(chosen)} training images",
         licence="CC BY 4.0 (UCI Optical Recognition of Handwritten Digits)",
     )

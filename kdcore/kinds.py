@@ -6,7 +6,8 @@ component may have any event of ``kdcore.hookspecs.RunEvents``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,7 +71,13 @@ class Teacher(Kind):
 
 
 class Student(Kind):
-    """The model that is trained and shipped."""
+    """The model that is trained and shipped.
+
+    ``training_only``: beginnings of parameter names (auxiliary heads, projectors) that must not be in an
+    exported graph; the exporter proves their absence.
+    """
+
+    training_only: ClassVar[tuple[str, ...]] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -92,6 +99,10 @@ class Student(Kind):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the exported graph takes, by name."""
         raise NotImplementedError(f"{type(self).__name__} has no inputs(batch): it cannot be exported")
+
+    def shapes(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
+        """Shapes of the graph's inputs, with names for the axes that may vary, and each such axis's range."""
+        return {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}, {"batch": (1, 64)}
 
     def deploy(self) -> nn.Module:
         """The module to ship: forward, then ``infer``, with nothing that only training needed."""
@@ -223,11 +234,39 @@ class Probe:
         raise NotImplementedError(f"{type(self).__name__} has no measure(run, models, data)")
 
 
-class Exporter:
-    """Turns a run's student into an artefact folder, or raises and leaves nothing."""
+@dataclass
+class ExportRequest:
+    """What an exporter is given of a run: the module to ship and everything to prove it right with.
 
-    def export(self, request: Any, out: Path) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} has no export(request, out)")
+    ``samples`` are real held-out samples as the graph takes them, ``raw_samples`` the same as a receiver has
+    them; ``rule`` is what the student's own inference says of them, ``metric(outputs, targets)`` judges it.
+    ``absent`` are beginnings of parameter names that must not be in the graph.
+    """
+
+    name: str
+    module: nn.Module
+    shapes: dict[str, tuple[int | str, ...]]
+    axes: dict[str, tuple[int, int]]
+    samples: dict[str, Any]
+    rule: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    raw_samples: dict[str, Any] | None = None
+    preprocessing: Sequence[Mapping[str, Any]] = ()
+    labels: Sequence[str] | None = None
+    targets: Any = None
+    metric: Callable[[dict[str, Any], Any], float] | None = None
+    metric_name: str = ""
+    higher_is_better: bool = True
+    absent: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Exporter:
+    """Turns a run's student into an artefact folder, or raises a KDError and leaves nothing there."""
+
+    def export_request(self, request: ExportRequest, out: Path) -> dict[str, Any]:
+        """Write the artefact to ``out``; returns rows for the report."""
+        raise NotImplementedError(f"{type(self).__name__} has no export_request(request, out)")
 
 
 def as_outputs(result: Any) -> Outputs:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,9 +16,13 @@ from kdcore import build
 from kdcore import recipe as recipes
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
-from kdcore.kinds import Student
+from kdcore.kinds import ExportRequest, Student
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
+from kdcore.task import Task, higher_is_better
+from kdcore.types import Batch
+
+SAMPLES = 256
 
 
 def load_run(folder: Path) -> tuple[Recipe, StageRun]:
@@ -61,3 +68,120 @@ def measure_probes(recipe: Recipe, folder: Path, artefacts: dict[str, Any]) -> d
         with torch.no_grad():
             found[table.use] = probe.measure(run, models, run.source)
     return found
+
+
+def export(
+    what: str | Path | nn.Module,
+    *,
+    out: str | Path | None = None,
+    target: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    request: ExportRequest | None = None,
+    progress: Any = None,
+    _recipe: Recipe | None = None,
+) -> dict[str, Any]:
+    """Export a run's student with an installed exporter; ``params`` lie over the recipe's ``[export]``.
+
+    A plain module needs a ``request`` instead of a run folder. Returns rows for a report, ``artefact`` among
+    them; raises and leaves nothing at ``out`` where a gate refuses.
+    """
+    if isinstance(what, nn.Module):
+        if request is None or out is None:
+            raise InputError("export", "a module needs request= (what to prove it right with) and out=")
+        recipe_table: dict[str, Any] = {}
+        destination = Path(out)
+    else:
+        folder = Path(what)
+        recipe, _ = load_run(folder)
+        table = recipe.export
+        recipe_table = {"use": table.use, **table.params} if table else {}
+        destination = Path(out) if out else folder / "artefact"
+        request = request_of(folder)
+    merged = {**recipe_table, **(params or {})}
+    use = target or merged.get("use", "onnx")
+    merged.pop("use", None)
+    exporter = build.Builder(0).make("exporter", use, merged, "export")
+    if destination.exists():
+        raise InputError("export.out", "something is there already", given=str(destination), hint="name another --out")
+    rows: dict[str, Any] = exporter.export_request(request, destination.absolute())
+    return {"artefact": str(destination), **rows}
+
+
+@torch.no_grad()
+def request_of(folder: Path) -> ExportRequest:
+    """Everything an exporter needs of a finished run: held-out samples, the student's own answers, the metric."""
+    student, run = load_student(folder)
+    student = student.cpu()
+    source, task = run.source, Task(run.recipe.task, run.source.data.classes)
+    held = _first(source.loader("val"), SAMPLES)
+    view = run.recipe.student.view
+    held.update({key: held[name] for key, name in view.items()})
+    outputs = student(held)
+    rule = {name: value.numpy() for name, value in student.infer(outputs).items()}
+    inputs = student.inputs(held)
+    shapes, axes = student.shapes(inputs)
+    calibration = _first(source.loader("train"), SAMPLES // 2)
+    calibration.update({key: calibration[name] for key, name in view.items()})
+    target = outputs.target if outputs.target is not None else held.get("target")
+    raw = source.data.raw(held["id"].tolist()) if source.data.raw else None
+    return ExportRequest(
+        name=run.recipe.name.replace(" ", "-"),
+        module=student.deploy().eval(),
+        shapes=shapes,
+        axes=axes,
+        samples={name: value.numpy() for name, value in inputs.items()},
+        rule=rule,
+        calibration={name: value.numpy() for name, value in student.inputs(calibration).items()},
+        raw_samples=dict(raw) if raw is not None else None,
+        preprocessing=source.data.preprocessing,
+        labels=source.data.labels,
+        targets=None if target is None else target.numpy(),
+        metric=_metric(task) if task.metrics and target is not None else None,
+        metric_name=task.metrics[0] if task.metrics else "",
+        higher_is_better=bool(task.metrics) and higher_is_better(task.metrics[0]),
+        absent=tuple(f"{prefix}" for name in student.training_only for prefix in (name, f"student.{name}")),
+        provenance=_provenance(folder, run, source.data.licence),
+    )
+
+
+def _first(loader: Any, count: int) -> Batch:
+    found: list[Batch] = []
+    for batch in loader:
+        found.append(batch)
+        if sum(map(len, found)) >= count:
+            break
+    joined = {
+        k: torch.cat([b[k] for b in found]) if isinstance(found[0][k], torch.Tensor) else [v for b in found for v in b[k]]
+        for k in found[0]
+    }
+    batch = Batch(joined)
+    return batch.rows(torch.arange(min(count, len(batch))))
+
+
+def _metric(task: Task) -> Any:
+    """The task's first metric as a function of numpy outputs and targets."""
+
+    def measure(outputs: dict[str, Any], targets: Any) -> float:
+        from kdcore.types import Outputs
+
+        meter = task.meter()
+        target = torch.from_numpy(np.asarray(targets))
+        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in outputs.items()}
+        meter.update(tensors, Outputs(target=target), Batch({"id": torch.arange(len(target))}))
+        return meter.compute()[task.metrics[0]]
+
+    return measure
+
+
+def _provenance(folder: Path, run: StageRun, licence: str) -> dict[str, Any]:
+    from kdcore.api import versions
+
+    lock = (folder / "recipe.lock.toml").read_bytes()
+    return {
+        "recipe": run.recipe.name,
+        "recipe_sha256": hashlib.sha256(lock).hexdigest(),
+        "components": sorted({table.use for _, _, table in recipes.components(run.recipe)}),
+        "versions": versions(run.recipe),
+        "seed": run.recipe.seed,
+        "data_licence": licence,
+    }

@@ -220,7 +220,9 @@ class Data:
     be several streams by name. ``tune`` is carved from train when the source gives none. Randomness in
     an item comes only from ``dataset.augment(item, rng)``, which the core calls with a
     ``numpy.random.Generator`` keyed by (run seed, epoch, id, stream).
-    ``preprocessing`` (a list of named steps), ``labels`` and ``licence`` travel with the exported student.
+    ``preprocessing`` (a list of named steps), ``labels`` and ``licence`` travel with the exported student;
+    where there are steps, ``raw(ids)`` gives the model's inputs by name as a receiver has them before the
+    steps, so that an export can try them.
     """
 
     train: Any  # Dataset | Mapping[str, Dataset]
@@ -230,5 +232,6 @@ class Data:
     classes: int | None = None
     labels: Sequence[str] | None = None
     preprocessing: Sequence[Mapping[str, Any]] = ()
+    raw: Callable[[Sequence[int]], Mapping[str, Any]] | None = None
     description: str = ""
     licence: str = ""
