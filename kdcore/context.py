@@ -140,7 +140,9 @@ class RunContext:
         Called at every step, so what dropout and third-party code draw does not depend on what ran before.
         """
         seed = key_seed(self.seed, *what, parallel.rank())
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also queues calls for absent devices
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
 

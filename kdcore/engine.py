@@ -74,22 +74,38 @@ def fit(job: Fit) -> dict[str, Any]:
 
     Returns seconds (of this process), steps, the metrics of the last (or best) evaluation, and guards.
     """
+    runner = make_runner(job)
+    began = time.perf_counter()
+    job.distiller.guards.remember(_frozen_teachers(job.distiller))
+    try:
+        with job.progress.task(job.title, job.run.total_steps):
+            runner.train()
+    finally:
+        _close(runner)
+    job.distiller.guards.unchanged(_frozen_teachers(job.distiller))
+    return {
+        "steps": job.run.step,
+        "seconds": time.perf_counter() - began,
+        "metrics": runner.keeper.finish(),
+        "guards": job.distiller.guards.as_dict(),
+    }
+
+
+def make_runner(job: Fit) -> _KDRunner:
+    """mmengine's Runner for a job, with its optimisers, schedules and hooks; ``train()`` runs it."""
     run, train = job.run, job.train
-    steps_per_epoch = run.order.steps_per_epoch
-    run.steps_per_epoch = steps_per_epoch
-    run.total_steps = train.steps or (train.epochs or 1) * steps_per_epoch
-    epochs = -(-run.total_steps // steps_per_epoch)
+    run.steps_per_epoch = run.order.steps_per_epoch
+    run.total_steps = train.steps or (train.epochs or 1) * run.steps_per_epoch
     job.distiller.accumulate = train.accumulate
-    wrapper = _wrapper(job, train)
     sampler = StepSampler(run.order, parallel.rank(), parallel.world())
-    sampler.end = min(steps_per_epoch, run.total_steps)
+    sampler.end = min(run.steps_per_epoch, run.total_steps)
     keeper = StateHook(job)
     runner = _KDRunner(
         model=job.distiller,
         work_dir=str(job.folder / "engine"),
         train_dataloader=job.source.train_loader(sampler),
-        train_cfg={"type": _StepLoop, "max_epochs": epochs},
-        optim_wrapper=wrapper,
+        train_cfg={"type": _StepLoop, "max_epochs": -(-run.total_steps // run.steps_per_epoch)},
+        optim_wrapper=_wrapper(job, train),
         param_scheduler=_schedulers(train, run.total_steps) or None,
         default_hooks={"runtime_info": None, "timer": None, "logger": None, "checkpoint": None, "sampler_seed": None},
         custom_hooks=[MetricsHook(job), keeper],
@@ -99,20 +115,7 @@ def fit(job: Fit) -> dict[str, Any]:
         cfg={},
     )
     runner.job, runner.sampler, runner.keeper = job, sampler, keeper  # mmengine deep-copies its configs
-    began = time.perf_counter()
-    job.distiller.guards.remember(_frozen_teachers(job.distiller))
-    try:
-        with job.progress.task(job.title, run.total_steps):
-            runner.train()
-    finally:
-        _close(runner)
-    job.distiller.guards.unchanged(_frozen_teachers(job.distiller))
-    return {
-        "steps": run.step,
-        "seconds": time.perf_counter() - began,
-        "metrics": keeper.finish(),
-        "guards": job.distiller.guards.as_dict(),
-    }
+    return runner
 
 
 class _KDRunner(Runner):
