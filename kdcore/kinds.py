@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import InputError
-from kdcore.types import Batch, Outputs
+from kdcore.types import CONVENTIONS, Batch, Outputs
 
 if TYPE_CHECKING:
     from kdcore.context import RunContext
@@ -133,6 +133,8 @@ class Router(Kind):
 
     labels_column: ClassVar[bool] = False
     """The weights have one column more, which weighs the task's own term."""
+    sums_to_one: ClassVar[bool] = True
+    """Each sample's weights, all columns together, sum to 1; the conformance check holds it to that."""
 
     def plan(self, batch: Batch, student: Outputs) -> Tensor | None:
         """Bool [B,K]: which teachers run on which samples. None: all on all."""
@@ -156,6 +158,8 @@ class Loss(Kind):
     t_squared: bool = True
     zero_at_teacher: bool = False
     couples_batch: bool = False
+    mean_over_classes: bool = False
+    """Divided by the number of classes; the default is the sum over classes."""
     joint: ClassVar[bool] = False
     """Called once with all teachers' outputs by name, instead of once a teacher."""
     all_streams: ClassVar[bool] = False
@@ -175,7 +179,7 @@ class FunctionLoss(Loss):
     def __init__(self, function: Callable[..., Terms], tensors: tuple[str, ...], params: Mapping[str, Any]) -> None:
         super().__init__()
         self.function, self.params, self.tensors = function, dict(params), tensors
-        for name in ("hard_term", "t_squared", "zero_at_teacher", "couples_batch"):
+        for name in CONVENTIONS:
             setattr(self, name, getattr(function, name, getattr(Loss, name)))
 
     def wants(self) -> tuple[str, ...]:
@@ -211,6 +215,8 @@ class Augmentation(Kind):
 
     changes_inputs: ClassVar[bool] = True
     """A cached teacher is refused beside an augmentation that changes inputs."""
+    changes_labels: ClassVar[bool] = False
+    """Whether ``target`` (mixed or smoothed labels) or the samples' ids come out different."""
 
     def forward(self, batch: Batch) -> Batch:
         return batch

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("teacher", "student", "router", "loss", "augmentation", "stage", "probe", "exporter")
+CONVENTIONS = ("hard_term", "t_squared", "zero_at_teacher", "couples_batch", "mean_over_classes")
 _NAME = re.compile(r"[a-z][a-z0-9-]*(\.[a-z][a-z0-9_-]*)?")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,12 +47,14 @@ def conventions(
     t_squared: bool = True,
     zero_at_teacher: bool = False,
     couples_batch: bool = False,
+    mean_over_classes: bool = False,
 ) -> Callable[[F], F]:
     """Declare where a loss function differs from the defaults (DESIGN section 5); read by the core.
 
     ``hard_term``: the labels' term is inside, so the core drops its own. ``t_squared``: scaled by the
     square of its temperature, if it has one. ``zero_at_teacher``: 0 where student equals teacher.
-    ``couples_batch``: a sample's term depends on the other samples of the batch.
+    ``couples_batch``: a sample's term depends on the other samples of the batch. ``mean_over_classes``:
+    divided by the number of classes, where the default is their sum.
     """
 
     def mark(function: F) -> F:
@@ -64,6 +67,7 @@ def conventions(
         "t_squared": t_squared,
         "zero_at_teacher": zero_at_teacher,
         "couples_batch": couples_batch,
+        "mean_over_classes": mean_over_classes,
     }
     return mark
 

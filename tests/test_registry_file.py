@@ -30,7 +30,7 @@ CHOICES = {
     "kind_of": {"method", "toolbox"},
     "fidelity": {"parity", "paper", "reconstruction"},
     "confidence": {"high", "medium", "low"},
-    "status": {"planned", "implemented", "demonstrated"},
+    "status": {"planned", "experimental", "implemented", "demonstrated"},
 }
 LICENCES = {"none", "MIT", "Apache-2.0", "CC-BY-NC-SA-4.0"}
 TEXTS = ["slug", "title", "summary", "claim", *CHOICES]
