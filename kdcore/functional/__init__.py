@@ -1,7 +1,6 @@
 """Pure functions that losses share: divergences, chunked over large vocabularies too; masked means."""
 
 from .chunked import chunked as chunked
-from .chunked import dense as dense
 from .divergences import DIVERGENCES as DIVERGENCES
 from .divergences import adaptive_kl as adaptive_kl
 from .divergences import alpha_divergence as alpha_divergence
@@ -17,7 +16,6 @@ from .divergences import reverse_kl as reverse_kl
 from .divergences import skew_forward_kl as skew_forward_kl
 from .divergences import skew_reverse_kl as skew_reverse_kl
 from .divergences import total_variation as total_variation
+from .rows import Unembed as Unembed
 from .rows import align_vocabularies as align_vocabularies
-from .rows import log_softmax as log_softmax
 from .rows import masked_mean as masked_mean
-from .unembed import Unembed as Unembed

@@ -1,23 +1,26 @@
-"""Any per-token function of student and teacher logits, computed without ever holding the ``[N, V]`` logits."""
-
-from __future__ import annotations
+"""Any per-token function of student and teacher logits, without ever holding the ``[N, V]`` logits."""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .engine import ChunkedRows, Plan
 from .fused import KERNELS, Kernel
-from .rows import Vocabulary, align_vocabularies, at_least_float32, check_temperature, check_vocabularies
-from .selection import Reduction, Selection
-from .unembed import Unembed
+from .rows import Selection, Unembed, Vocabulary, align_vocabularies, check, wider
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
-@torch.compiler.disable  # picks rows by their values: inside a compiled caller this is a graph break, by design
+def _graph_break(fn: Fn) -> Fn:
+    """Rows are picked by their values, so a compiled caller leaves its graph here, by design."""
+    return cast(Fn, torch.compiler.disable(fn))
+
+
+@_graph_break
 def chunked(
     fn: Callable[..., Tensor],
     student: Unembed,
@@ -28,125 +31,94 @@ def chunked(
     per_token: Mapping[str, Tensor] | None = None,
     vocabulary: Vocabulary = "same",
     chunk_size: int | None = None,
-    reduction: Reduction = "none",
     **options: Any,
 ) -> Tensor:
-    """``fn(student_logits, *teacher_logits, **options)`` for every token, from hidden states and output weights.
+    """``fn(student_logits, *teacher_logits, **options)`` of every token, ``[...]`` for hidden ``[..., H]``.
 
-    fn: from ``[R, V]`` rows of each side to ``[R]``, every row on its own; any function in torch operators. Those in
-        `fused.KERNELS` are differentiated in closed form, others by autograd inside the chunk.
-    student, teacher: hidden states of one leading shape; several teachers, or none (``()``), are allowed. No
-        gradient reaches a teacher.
-    mask, weights: one per token. A token with mask false or weight 0 is not computed (its hidden state may be NaN);
-        its value is 0. `weights` multiply the values and may carry gradient.
-    per_token: keyword arguments of `fn` with one entry per token (``target``, a temperature each). Tensors here and
-        in `options` get gradient where they ask for it.
-    vocabulary: see `align_vocabularies`; different sizes are refused unless declared.
-    chunk_size: tokens at a time; the default holds 64 MiB of float32 logits per side (256 MiB off the CPU), and a
-        quarter of that for functions without a kernel.
-    reduction: ``none`` gives the leading shape; ``sum``, or ``mean`` over the sum of the weights, a scalar.
+    fn: from rows ``[R, V]`` of each side to ``[R]``, each row on its own, in torch operators. Those in
+        `KERNELS` are differentiated in closed form, others by autograd within the chunk.
+    student, teacher: hidden states of one leading shape; any number of teachers, none gets a gradient.
+    mask, weights: one per token. With mask false or weight 0 the value is 0 and nothing is computed, so NaN
+        is harmless there. `weights` multiply the values and may carry gradient.
+    per_token: keyword arguments of `fn` with one entry per token (a target, a temperature each). These, and
+        tensors in `options`, get gradient where they ask for it.
+    vocabulary: see `align_vocabularies`.
+    chunk_size: tokens at a time; by default as many as give 64 MiB of float32 logits per side (256 MiB off
+        the CPU), a quarter of it for functions without a kernel.
 
-    The gradient is made in the forward pass, for a backward pass that brings one common factor for all tokens (a sum,
-    a mean, a loss scale). Anything else, or a second backward pass, is computed anew from the inputs. With
-    ``create_graph=True`` the gradient is differentiable and holds all logits.
+    The gradient is made in the forward pass, for a backward pass that brings one factor for all tokens (sum,
+    mean, loss scale); anything else, or a second backward pass, computes it anew. Under ``create_graph=True``
+    it is differentiable, and then holds all logits.
     """
-    teachers = (teacher,) if isinstance(teacher, Unembed) else tuple(teacher)
-    sides = (student, *map(_detached, teachers))
-    selection = Selection(student.hidden.shape[:-1], mask, weights)
-    if vocabulary == "same":
-        check_vocabularies(*(len(side.weight) for side in sides))
-    fn, options = _resolve(fn, options, per_token or {})
+    # A tuple of tensors, such as the core's own unembed, is one teacher; a sequence of those is several.
+    teachers = [teacher] if len(teacher) and isinstance(teacher[0], Tensor) else teacher
+    sides = [Unembed(*student), *(_detached(*side) for side in cast(Sequence[Unembed], teachers))]
+    selection = Selection(sides[0].hidden.shape[:-1], mask, weights)
+    sides = [side._replace(hidden=selection.take(side.hidden)) for side in sides]
+    if vocabulary != "sort":
+        align_vocabularies(*(side.weight.t() for side in sides), how=vocabulary)
     extras = {name: selection.take(x) for name, x in (per_token or {}).items()}
+    fn, options = _resolve(fn, options, extras, sides[0].hidden.new_empty(0, 2))
     extras |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
-    tensors = [x for side in sides for x in (selection.take(side.hidden), side.weight, side.bias)]
-    count = len(tensors[0])  # type: ignore[arg-type]
-    kernel = _kernel(fn, sides, extras, vocabulary)
+    kernel = _kernel(fn, sides, extras) if vocabulary != "sort" else None
     plan = Plan(
         fn=fn,
         kernel=kernel,
         options={name: x for name, x in options.items() if name not in extras},
-        names=tuple(extras),
-        per_token=frozenset(per_token or {}),
-        heads=tuple((side.softcap, side.scale) for side in sides),
-        dtypes=tuple(map(_matmul_dtype, sides)),
+        sides=sides,
+        dtypes=[_matmul_dtype(side) for side in sides],
+        entries=min(len(side.weight) for side in sides) if vocabulary == "cut" else None,
+        extras=extras,
+        per_token=frozenset(per_token or ()),
         vocabulary=vocabulary,
         grad=torch.is_grad_enabled(),
-        **_sizes(count, sides, kernel is not None, chunk_size),
+        **_sizes(sides, kernel is not None, chunk_size),
     )
-    guess = selection.weight
-    if guess is None:
-        guess = at_least_float32(student.hidden.new_ones(count, dtype=plan.dtypes[0]))
-    values: Tensor = ChunkedRows.apply(plan, guess.detach(), *tensors, *extras.values())
-    return selection.reduce(values, reduction)
+    guess = torch.ones_like(sides[0].hidden[:, 0], dtype=wider(plan.dtypes[0]))
+    if selection.weight is not None:
+        guess *= selection.weight.detach()
+    return selection.put(cast(Tensor, ChunkedRows.apply(plan, guess, *plan.inputs())))
 
 
-def dense(
-    fn: Callable[..., Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
-    mask: Tensor | None = None,
-    *,
-    weights: Tensor | None = None,
-    per_token: Mapping[str, Tensor] | None = None,
-    vocabulary: Vocabulary = "same",
-    reduction: Reduction = "none",
-    **options: Any,
-) -> Tensor:
-    """What `chunked` computes, from logits ``[..., V]`` that exist already."""
-    teachers = (teacher_logits,) if isinstance(teacher_logits, Tensor) else tuple(teacher_logits)
-    selection = Selection(student_logits.shape[:-1], mask, weights)
-    rows = (selection.take(x) for x in (student_logits, *(x.detach() for x in teachers)))
-    extras = {name: selection.take(x) for name, x in (per_token or {}).items()}
-    values = fn(*align_vocabularies(*rows, how=vocabulary), **options, **extras)
-    return selection.reduce(values, reduction)
-
-
-def _detached(side: Unembed) -> Unembed:
-    bias = None if side.bias is None else side.bias.detach()
-    return side._replace(hidden=side.hidden.detach(), weight=side.weight.detach(), bias=bias)
+def _detached(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *head: Any) -> Unembed:
+    return Unembed(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), *head)
 
 
 def _resolve(
-    fn: Callable[..., Tensor], options: dict[str, Any], per_token: Mapping[str, Tensor]
+    fn: Callable[..., Tensor], options: dict[str, Any], per_token: Mapping[str, Tensor], nothing: Tensor
 ) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """`fn` without functools.partial around it; for a function with a kernel, all its options, checked."""
+    """`fn` out of its partial; where it has a kernel, all its options, which it checks itself, on no rows."""
     while isinstance(fn, functools.partial) and not fn.args:
-        fn, options = fn.func, {**fn.keywords, **options}
+        options, fn = {**fn.keywords, **options}, fn.func
     if fn in KERNELS:
         bound = inspect.signature(fn).bind(None, None, **options, **per_token)
         bound.apply_defaults()
         options = {name: x for name, x in bound.kwargs.items() if name not in per_token}
-        check_temperature(options.get("temperature", 1.0))
+        fn(nothing, nothing, **options, **{name: x[:0] for name, x in per_token.items()})
     return fn, options
 
 
-def _kernel(
-    fn: Callable[..., Tensor], sides: Sequence[Unembed], extras: Mapping[str, Tensor], vocabulary: Vocabulary
-) -> Kernel | None:
-    """The closed form of `fn`, where it holds: no gradient but the student's, and every logit finite."""
-    if fn not in KERNELS or len(sides) != 2 or vocabulary == "sort":
-        return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in extras.values()):
-        return None
+def _kernel(fn: Callable[..., Any], sides: list[Unembed], extras: Mapping[str, Tensor]) -> Kernel | None:
+    """The closed form of `fn` where it holds: one teacher, finite logits, gradient for the student alone."""
+    asked = torch.is_grad_enabled() and any(x.requires_grad for x in extras.values())
     finite = all(side.bias is None or bool(side.bias.isfinite().all()) for side in sides)
-    return KERNELS[fn] if finite else None
+    return KERNELS.get(fn) if len(sides) == 2 and finite and not asked else None
 
 
 def _matmul_dtype(side: Unembed) -> torch.dtype:
-    """The dtype that F.linear would compute in here, autocast included."""
-    own = torch.promote_types(side.hidden.dtype, side.weight.dtype)
-    device = side.hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and own != torch.float64 else own
+    """What F.linear would compute in here, autocast included."""
+    own, device = torch.promote_types(side.hidden.dtype, side.weight.dtype), side.hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and own != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else own
 
 
-def _sizes(count: int, sides: Sequence[Unembed], has_kernel: bool, chunk_size: int | None) -> dict[str, int]:
-    """Rows per chunk and per tile, in equal shares."""
+def _sizes(sides: Sequence[Unembed], has_kernel: bool, chunk_size: int | None) -> dict[str, int]:
+    """Rows per chunk, in equal shares, and per tile."""
+    count = len(sides[0].hidden)
     entries, on_cpu = max(len(side.weight) for side in sides), sides[0].hidden.device.type == "cpu"
     if chunk_size is None:
-        budget = 2**24 if on_cpu else 2**26
-        most = max(budget // (1 if has_kernel else 4) // entries, 1)
-        chunk_size = -(-count // max(-(-count // most), 1))
-    elif chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, given {chunk_size}")
-    # A tile's few buffers should fit the cache of one core; a GPU rather wants few launches.
-    return {"chunk_size": max(chunk_size, 1), "tile_size": max((2**18 if on_cpu else 2**25) // entries, 1)}
+        most = max((2**24 if on_cpu else 2**26) // (1 if has_kernel else 4) // entries, 1)
+        chunk_size = max(-(-count // max(-(-count // most), 1)), 1)
+    check(chunk_size >= 1, f"chunk_size must be at least 1, given {chunk_size}")
+    # The few buffers of a tile should fit the cache of one core; a GPU rather wants few launches.
+    return {"chunk_size": chunk_size, "tile_size": max((2**18 if on_cpu else 2**25) // entries, 1)}

@@ -1,11 +1,9 @@
 """Value and gradient of the divergences over a tile of logits that stays in cache, without autograd.
 
-A kernel takes student and teacher logits of a few rows, ``[R, V]``, finite, float32 or float64, divided by the
-temperature. It returns the rows' values and leaves d value / d student logits where the student's logits were;
-the teacher's are scratch. With u = d value / d q that gradient is q u - q sum(q u).
+A kernel takes student and teacher logits of a few rows, ``[R, V]``, finite, float32 or wider, divided by the
+temperature, and checked options. It returns the values and leaves d value / d student logits in place of the
+student's logits; the teacher's are scratch. With u = d value / d q that gradient is q u - q sum(q u).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -15,27 +13,24 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from . import divergences as D
+from .rows import PerRow, column
 
 Kernel = Callable[..., Tensor]
+_dot: Callable[[Tensor, Tensor], Tensor] = torch.linalg.vecdot
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, and the log-normaliser ``[R, 1]`` in float64: its error would be common to a whole row."""
+    """Probabilities; and the log-normaliser ``[R, 1]`` in float64, as its error is common to a whole row."""
     p = z.softmax(-1)
-    # The largest probability is 1 / sum exp(z - max z): two cheap reductions instead of a second exponential.
+    # The largest probability is 1 / sum exp(z - max z): cheap reductions instead of a second exponential.
     return p, z.amax(-1, keepdim=True).double() - p.amax(-1, keepdim=True).double().log()
 
 
-def _log_ratio(a: Tensor, b: Tensor | float, log_z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """a - b - log_z: to the working precision, in `out`, and what that left of it, ``[R]``."""
+def _log_ratio(a: Tensor, log_z: Tensor, b: Tensor | float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """a - log_z - b: to the working precision, in `out`, and what that left of it, ``[R]``."""
     rounded = log_z.to(a.dtype)
-    torch.sub(a, b, out=out).sub_(rounded)
+    torch.sub(a, rounded, out=out).sub_(b)
     return out, (rounded.double() - log_z).squeeze(-1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return product
 
 
 def _project(qu: Tensor, q: Tensor, out: Tensor) -> None:
@@ -50,82 +45,69 @@ def _log_mix(a: Tensor, b: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 def _forward_kl(zs: Tensor, zt: Tensor, *, subtract_entropy: bool) -> Tensor:
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
     if subtract_entropy:
-        ratio, rest = _log_ratio(zt, zs, log_zt - log_zs, out=zt)
+        ratio, rest = _log_ratio(zt, log_zt - log_zs, zs, out=zt)
         value = _dot(p, ratio) + rest
     else:
-        log_q, rest = _log_ratio(zs, 0.0, log_zs, out=zt)
+        log_q, rest = _log_ratio(zs, log_zs, 0.0, out=zt)
         value = -_dot(p, log_q) - rest
     torch.sub(q, p, out=zs)
     return value
 
 
-def _interpolated_kl(zs: Tensor, zt: Tensor, *, t: float | Tensor, subtract_entropy: bool) -> Tensor:
-    weight = torch.as_tensor(t, dtype=zs.dtype, device=zs.device)
-    torch.lerp(zs, zt, weight.unsqueeze(-1) if weight.ndim else weight, out=zt)
+def _interpolated_kl(zs: Tensor, zt: Tensor, *, t: PerRow, subtract_entropy: bool) -> Tensor:
+    torch.lerp(zs, zt, column(torch.as_tensor(t, dtype=zs.dtype, device=zs.device)), out=zt)
     return _forward_kl(zs, zt, subtract_entropy=subtract_entropy)
 
 
-def _kl_pair(zs: Tensor, zt: Tensor, forward: float | Tensor, reverse: float | Tensor) -> Tensor:
-    """forward KL(p || q) + reverse KL(q || p); the factors are numbers or constants of the rows, ``[R, 1]``."""
+def _kl_pair(zs: Tensor, zt: Tensor, forward: PerRow, reverse: PerRow) -> Tensor:
+    """forward KL(p || q) + reverse KL(q || p), with constant factors, numbers or ``[R, 1]``."""
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    ratio, rest = _log_ratio(zs, zt, log_zs - log_zt, out=zt)
-    kl_pq, kl_qp, rest = -_dot(p, ratio).unsqueeze(-1), _dot(q, ratio).unsqueeze(-1), rest.unsqueeze(-1)
+    ratio, rest = _log_ratio(zt, log_zt - log_zs, zs, out=zt)
+    mean_p, mean_q, rest = (x.unsqueeze(-1) for x in (_dot(p, ratio), _dot(q, ratio), rest))
     torch.sub(q, p, out=zs).mul_(forward)
-    zs.add_(ratio.sub_(kl_qp).mul_(q).mul_(reverse))
-    return (forward * (kl_pq - rest) + reverse * (kl_qp + rest)).squeeze(-1)
+    zs.sub_(ratio.sub_(mean_q).mul_(q).mul_(reverse))
+    return (forward * (mean_p + rest) - reverse * (mean_q + rest)).squeeze(-1)
 
 
 def _adaptive_kl(zs: Tensor, zt: Tensor, *, mu: float) -> Tensor:
-    D.check_unit("mu", mu)
     p, gap = zt.softmax(-1), zs.softmax(-1)
     gap.sub_(p).abs_()
-    w = _head_gap(p, gap, mu) / gap.sum(-1, keepdim=True).clamp_min(torch.finfo(gap.dtype).tiny)
-    return _kl_pair(zs, zt, w, 1 - w)
-
-
-def _head_gap(p: Tensor, gap: Tensor, mu: float) -> Tensor:
-    """The gap summed over the teacher's head; sorts no more of the rows than the heads ask for."""
-    size = min(64, p.shape[-1])
+    size = 8  # sorts no more of the rows than their heads ask for
     while True:
+        size = min(8 * size, p.shape[-1])
         top, order = p.topk(size, -1)
         head = top.cumsum(-1) <= mu
         if size == p.shape[-1] or not bool(head[:, -1].any()):
-            head[:, 0] = True
-            return (gap.gather(-1, order) * head).sum(-1, keepdim=True)
-        size = min(8 * size, p.shape[-1])
+            break
+    head[:, 0] = True
+    g_head, g = (gap.gather(-1, order) * head).sum(-1, keepdim=True), gap.sum(-1, keepdim=True)
+    w = g_head / g.clamp_min(torch.finfo(g.dtype).tiny)
+    return _kl_pair(zs, zt, w, 1 - w)
 
 
 def _generalized_js(zs: Tensor, zt: Tensor, *, beta: float) -> Tensor:
-    D.check_unit("beta", beta)
-    D.check_not_end("beta", beta)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
     _, log_m = _log_mix(p, q, beta)
-    ratio_p, rest_p = _log_ratio(zt, log_m, log_zt, out=zt)
-    ratio_q, rest_q = _log_ratio(zs, log_m, log_zs, out=zs)
+    ratio_p, rest_p = _log_ratio(zt, log_zt, log_m, out=zt)
+    ratio_q, rest_q = _log_ratio(zs, log_zs, log_m, out=zs)
     kl_p, kl_q = _dot(p, ratio_p), _dot(q, ratio_q)
     ratio_q.sub_(kl_q.unsqueeze(-1)).mul_(q).mul_(1 - beta)
     return beta * (kl_p + rest_p) + (1 - beta) * (kl_q + rest_q)
 
 
 def _skew_forward_kl(zs: Tensor, zt: Tensor, *, alpha: float) -> Tensor:
-    D.check_unit("alpha", alpha)
-    if alpha == 0:
-        return _forward_kl(zs, zt, subtract_entropy=True)
     (p, log_zt), q = _softmax(zt), zs.softmax(-1)
     m, log_m = _log_mix(p, q, alpha)
-    ratio, rest = _log_ratio(zt, log_m, log_zt, out=zt)
+    ratio, rest = _log_ratio(zt, log_zt, log_m, out=zt)
     value = _dot(p, ratio) + rest
     _project(p.mul_(q).div_(m).mul_(alpha - 1), q, out=zs)
     return value
 
 
 def _skew_reverse_kl(zs: Tensor, zt: Tensor, *, alpha: float) -> Tensor:
-    D.check_unit("alpha", alpha)
-    if alpha == 0:
-        return _kl_pair(zs, zt, forward=0.0, reverse=1.0)
     p, (q, log_zs) = zt.softmax(-1), _softmax(zs)
     m, log_m = _log_mix(q, p, alpha)
-    ratio, rest = _log_ratio(zs, log_m, log_zs, out=zs)
+    ratio, rest = _log_ratio(zs, log_zs, log_m, out=zs)
     value = _dot(q, ratio) + rest
     _project(ratio.addcdiv_(q, m, value=-alpha).mul_(q), q, out=zs)
     return value
@@ -140,11 +122,11 @@ def _total_variation(zs: Tensor, zt: Tensor) -> Tensor:
 
 
 def _alpha_divergence(zs: Tensor, zt: Tensor, *, alpha: float, times: float = 1.0) -> Tensor:
-    D.check_not_end("alpha", alpha)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    log_z = torch.lerp(log_zs, log_zt, alpha)
-    product = torch.lerp(zs, zt, alpha, out=zs).sub_(log_z.to(zs.dtype)).exp_()
-    value = torch.lerp(q, p, alpha, out=p).sub_(product).sum(-1) * (times / (alpha * (1 - alpha)))
+    torch.lerp(zs, zt, alpha, out=zs)
+    product, rest = _log_ratio(zs, torch.lerp(log_zs, log_zt, alpha), 0.0, out=zs)
+    terms = torch.lerp(q, p, alpha, out=p).sub_(product.exp_())
+    value = (terms.sum(-1) - rest * product.sum(-1)) * (times / (alpha * (1 - alpha)))
     _project(product.mul_(-times / alpha), q, out=zs)
     return value
 
@@ -157,14 +139,14 @@ def _decoupled_kl(zs: Tensor, zt: Tensor, *, target: Tensor, alpha: float, beta:
         z.scatter_(-1, index, torch.finfo(z.dtype).min / 4)
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
     odds_s, odds_t = of_target[0] - log_zs, of_target[1] - log_zt
-    p_target, pull = odds_t.sigmoid(), (odds_s.sigmoid() - odds_t.sigmoid()).to(zs.dtype) * alpha
-    tckd = p_target * (logsigmoid(odds_t) - logsigmoid(odds_s))
-    tckd += (1 - p_target) * (logsigmoid(-odds_t) - logsigmoid(-odds_s))
-    ratio, rest = _log_ratio(zt, zs, log_zt - log_zs, out=zt)
-    nckd = _dot(p, ratio) + rest
+    pull = (odds_s.sigmoid() - odds_t.sigmoid()).to(zs.dtype) * alpha
+    tckd = odds_t.sigmoid() * (logsigmoid(odds_t) - logsigmoid(odds_s))
+    tckd += (-odds_t).sigmoid() * (logsigmoid(-odds_t) - logsigmoid(-odds_s))
+    ratio, rest = _log_ratio(zt, log_zt - log_zs, zs, out=zt)
+    nckd = (_dot(p, ratio) + rest).unsqueeze(-1)
     torch.sub(q, p, out=zs).mul_(beta).addcmul_(q, pull, value=-1)
     zs.scatter_(-1, index, pull).masked_fill_(ignored, 0.0)
-    return (alpha * tckd + beta * nckd.unsqueeze(-1)).masked_fill(ignored, 0.0).squeeze(-1)
+    return (alpha * tckd + beta * nckd).masked_fill(ignored, 0.0).squeeze(-1)
 
 
 KERNELS: dict[Callable[..., Tensor], Kernel] = {
@@ -182,4 +164,4 @@ KERNELS: dict[Callable[..., Tensor], Kernel] = {
     D.alpha_divergence: _alpha_divergence,
     D.decoupled_kl: _decoupled_kl,
 }
-"""Each takes its function's own options, all given, without temperature and t_squared."""
+"""Each takes all its function's own options (not temperature and t_squared)."""
