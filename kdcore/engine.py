@@ -22,7 +22,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from kdcore import parallel
+from kdcore import memory, parallel
 from kdcore.build import own_optimizers, trainable
 from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors
 from kdcore.data import Source, StepSampler
@@ -72,9 +72,11 @@ class Fit:
 def fit(job: Fit) -> dict[str, Any]:
     """Train until the last step; resumes from the newest whole state in the job's folder, if there is one.
 
-    Returns seconds (of this process), steps, the metrics of the last (or best) evaluation, and guards.
+    Returns seconds and peak memory in bytes (of this process), steps, the metrics of the last (or best)
+    evaluation, and guards.
     """
     runner = make_runner(job)
+    memory.reset_peak()
     began = time.perf_counter()
     job.distiller.guards.remember(_frozen_teachers(job.distiller))
     try:
@@ -86,6 +88,7 @@ def fit(job: Fit) -> dict[str, Any]:
     return {
         "steps": job.run.step,
         "seconds": time.perf_counter() - began,
+        "peak_memory": memory.peak(),
         "metrics": runner.keeper.finish(),
         "guards": job.distiller.guards.as_dict(),
     }
