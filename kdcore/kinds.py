@@ -187,7 +187,23 @@ class FunctionLoss(Loss):
         return tuple(f"{side}.{rest}" for side, _, rest in pairs if side in ("student", "teacher") and rest)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+        if student.logits is None and student.unembed is not None and "student_logits" in self.tensors:
+            return self._chunked(student, teacher, batch)
         return self.function(*(_bound(name, student, teacher, batch) for name in self.tensors), **self.params)
+
+    def _chunked(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """The same function on hidden states and output layers, without ever holding all logits."""
+        from kdcore.functional import chunked
+
+        if teacher.unembed is None:
+            raise InputError("loss", "the student gives hidden states, the teacher logits", hint="unembed = true on both")
+        sides = ("student_logits", "teacher_logits")
+        if self.tensors[: len(sides)] != sides:
+            raise InputError("loss", f"a loss on hidden states must begin with {sides}", given=self.tensors)
+        rest = {name: _bound(name, student, teacher, batch) for name in self.tensors[2:]}
+        return chunked(
+            self.function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params
+        )
 
     def extra_repr(self) -> str:
         return ", ".join([getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())])
