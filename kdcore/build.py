@@ -15,9 +15,10 @@ from torch import nn
 from kdcore import plugins
 from kdcore.context import RunContext
 from kdcore.data import Source, key_seed
-from kdcore.distill import Distiller, Parts, Slot
+from kdcore.distill import Distiller
 from kdcore.errors import InputError, KDError
 from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen
+from kdcore.parts import Parts, Slot
 from kdcore.recipe import components
 from kdcore.signature import Schema, import_string, schema_of
 from kdcore.tables import Recipe, Use

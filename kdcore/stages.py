@@ -22,9 +22,10 @@ from kdcore import build, parallel
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source
-from kdcore.distill import Distiller, Parts
+from kdcore.distill import Distiller
 from kdcore.errors import InputError
 from kdcore.kinds import Stage, Teacher
+from kdcore.parts import Parts
 from kdcore.progress import Progress
 from kdcore.recipe import merge, parse
 from kdcore.tables import Recipe, TrainTable

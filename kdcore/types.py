@@ -127,10 +127,10 @@ class Batch(dict[str, Any]):
         """``count`` batches of near equal size (never empty), stream by stream, in order."""
         if count == 1:
             return [self]
+        size, total = min(count, *map(len, self.parts.values() or [self])), len(self)
         if self.parts:
-            cut = {name: part.chunks(count) for name, part in self.parts.items()}
-            return [Batch(parts={name: c[i] for name, c in cut.items()}) for i in range(min(map(len, cut.values())))]
-        size, total = min(count, len(self)), len(self)
+            cut = {name: part.chunks(size) for name, part in self.parts.items()}
+            return [Batch(parts={name: c[i] for name, c in cut.items()}) for i in range(size)]
         edges = [total * i // size for i in range(size + 1)]
         return [self._map(lambda v, a=a, b=b: v[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
