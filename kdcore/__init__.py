@@ -6,6 +6,7 @@ The names below are all that a plugin's light module needs; the rest is imported
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from kdcore.errors import InputError, KDError
@@ -15,20 +16,20 @@ from kdcore.types import Batch, Component, Data, Outputs, TopK, Unembed, convent
 __version__ = "0.1.0"
 
 _LAZY = {
-    "run": "kdcore.api",
-    "check": "kdcore.api",
-    "build": "kdcore.api",
-    "export": "kdcore.api",
-    "compare": "kdcore.api",
-    "Augmentation": "kdcore.kinds",
-    "Exporter": "kdcore.kinds",
-    "Loss": "kdcore.kinds",
-    "Probe": "kdcore.kinds",
-    "Router": "kdcore.kinds",
-    "Stage": "kdcore.kinds",
-    "Student": "kdcore.kinds",
-    "Teacher": "kdcore.kinds",
-    "frozen": "kdcore.kinds",
+    "run": "api",
+    "check": "api",
+    "build": "api",
+    "export": "api",
+    "compare": "api",
+    "Augmentation": "kinds",
+    "Exporter": "kinds",
+    "Loss": "kinds",
+    "Probe": "kinds",
+    "Router": "kinds",
+    "Stage": "kinds",
+    "Student": "kinds",
+    "Teacher": "kinds",
+    "frozen": "kinds",
 }
 
 __all__ = [  # noqa: PLE0604 - the lazy names are strings
@@ -42,11 +43,24 @@ __all__ = [  # noqa: PLE0604 - the lazy names are strings
     "Unembed",
     "conventions",
     "hookimpl",
+    "lazy",
     *_LAZY,
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'kdcore' has no attribute {name!r}")
+def lazy(package: str, **modules: str) -> Callable[[str], Any]:
+    """A light module's ``__getattr__``: each name is imported from its module when it is first asked for.
+
+    ``__getattr__ = lazy(__name__, pld_loss="loss")`` makes ``from kd_plugin_pld import pld_loss`` work while
+    listing plugins imports no torch.
+    """
+
+    def find(name: str) -> Any:
+        if name in modules:
+            return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
+
+
+__getattr__ = lazy(__name__, **_LAZY)
