@@ -96,8 +96,8 @@ def build(kind: str, name: str, **params: Any) -> Any:
 
 
 def compare(*args: Any, **kwargs: Any) -> Any:
-    """Matched arms of a recipe over seeds; see ``kdcore.compare.compare``."""
-    from kdcore.compare import compare as function
+    """Matched arms of a recipe over seeds; see ``kdcore.comparison.compare``."""
+    from kdcore.comparison import compare as function
 
     return function(*args, **kwargs)
 

@@ -79,6 +79,9 @@ def resume(folder: Path, quiet: bool) -> None:
 @click.option("--seeds", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--tune", type=click.IntRange(min=0), default=0, help="Trials of the search for each arm, on val.")
+@click.option("--space", multiple=True, metavar="KEY=[LOW,HIGH]", help="What --tune searches; repeatable.")
+@click.option("--teacher", type=click.Choice(["shared", "per-seed"]), default="shared", show_default=True)
+@click.option("--detect", type=float, help="The difference worth seeing, in points (0.5).")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; an interrupted comparison goes on there.")
 @click.option("--quiet", is_flag=True)
 def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **options: Any) -> None:

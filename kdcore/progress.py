@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Progress:
-    """``task`` opens a bar of so many steps; ``advance`` moves it; ``note`` shows metrics beside it."""
+    """``task`` opens a bar of so many units; ``advance`` moves it; ``note`` shows metrics beside it."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -18,7 +18,7 @@ class Progress:
         self._shown = 0
 
     @contextmanager
-    def task(self, title: str, total: int) -> Iterator[None]:
+    def task(self, title: str, total: int, unit: str = "steps") -> Iterator[None]:
         if self.quiet:
             yield
             return
@@ -33,7 +33,7 @@ class Progress:
             self._bar, self._task = bar, bar.add_task(title, total=total, note="")
             yield
         if not console.is_terminal:
-            self.say(f"{title}: {total} steps done")
+            self.say(f"{title}: {total} {unit} done")
         self._bar = None
 
     def advance(self, step: int) -> None:

@@ -37,6 +37,14 @@ class Page:
         self._markdown.append(f"{'> **Warning:** ' if warn else ''}{text}\n")
         self._html.append(f"<p{' class=warn' if warn else ''}>{html.escape(text)}</p>")
 
+    def items(self, rows: Iterable[tuple[str, str]]) -> None:
+        """A list of (term, what is said of it)."""
+        pairs = list(rows)
+        self._markdown.append("".join(f"- **{term}**: {text}\n" for term, text in pairs))
+        self._html.append(
+            "<ul>" + "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(x)}</li>" for t, x in pairs) + "</ul>"
+        )
+
     def table(self, head: Row, rows: Iterable[Row]) -> None:
         shown = [[cell(value) for value in row] for row in rows]
         self._markdown.append("| " + " | ".join(map(str, head)) + " |")

@@ -1,0 +1,88 @@
+"""Jobs over processes: fresh interpreters (spawn) that are asked to save and leave when the parent is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+from kdcore.errors import Interrupted, KDError
+from kdcore.signals import Stop, graceful
+
+J = TypeVar("J")
+Outcome = tuple[bool, Any]  # (True, what the job gave) or (False, its error in words)
+GRACE_SECONDS = 60.0
+_leaving = False  # in a worker: it was told to stop, and begins no other job
+
+
+def spread(
+    work: Callable[[J], Any], jobs: Sequence[J], workers: int, done: Callable[[J, Outcome], None]
+) -> None:
+    """Run ``work(job)`` for all jobs, ``workers`` at a time (1: in this process); ``done`` hears of each.
+
+    A job that fails does not stop the others. SIGTERM or Ctrl-C does: the runs save their state, and
+    Interrupted is raised.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            done(job, _attempt(work, job))
+        return
+    others = set(multiprocessing.active_children())
+    spawn = multiprocessing.get_context("spawn")
+    with graceful(), ProcessPoolExecutor(min(workers, len(jobs)), spawn, _begin) as team:
+        waiting = {team.submit(_attempt, work, job): job for job in jobs}
+        while waiting:
+            if stop := Stop.requested():
+                team.shutdown(wait=False, cancel_futures=True)
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                raise Interrupted(f"stopped by {stop}; what was running has saved its state")
+            for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                done(waiting.pop(future), _heard(future))
+
+
+def _heard(future: Future[Outcome]) -> Outcome:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, Interrupted):
+        raise error
+    return False, f"its process died ({error}); was memory short?"
+
+
+def _begin() -> None:
+    """A worker's first act. Between jobs Ctrl-C is its parent's affair; should that die, so does it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    connection.wait([parent.sentinel] if parent else [])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
+
+
+def _attempt(work: Callable[[Any], Any], job: Any) -> Outcome:
+    """Errors travel as words: many cannot be pickled."""
+    global _leaving
+    try:
+        if _leaving:
+            raise Interrupted("stopped")
+        return True, work(job)
+    except Interrupted:
+        _leaving = multiprocessing.parent_process() is not None
+        raise
+    except KDError as error:
+        return False, str(error)
+    except Exception as error:  # a plugin may raise anything; one arm's fault must not cost the others
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return False, f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno}, in {at.name})"

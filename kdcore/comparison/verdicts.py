@@ -1,0 +1,77 @@
+"""What the numbers mean, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kdcore.comparison.stats import Difference, Pair, level_left, power, seeds_needed
+from kdcore.task import higher_is_better
+
+SHARES = ("accuracy", "jaccard", "f1", "auroc", "precision", "recall", "calibration", "dice", "specificity")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a metric is told: shares in points (hundredths), with one digit more for what is small."""
+
+    metric: str
+    seen: float  # the difference that one would like to see, in the metric's own unit
+
+    @property
+    def unit(self) -> str:
+        return " (points)" if _share(self.metric) else ""
+
+    def number(self, value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.2f}" if _share(self.metric) else f"{value:{sign}.4g}"
+
+    def amount(self, value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.3g} points" if _share(self.metric) else f"{value:{sign}.3g}"
+
+    def interval(self, d: Difference) -> str:
+        return "" if math.isnan(d.low) else f" [{self.number(d.low)}, {self.number(d.high)}]"
+
+
+def scale_of(metric: str, detect: float | None, level: float) -> Scale:
+    """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of ``level``."""
+    if _share(metric):
+        return Scale(metric, (0.5 if detect is None else detect) / 100)
+    return Scale(metric, abs(level) / 100 if detect is None else detect)
+
+
+def verdict(arm: str, differences: Mapping[Pair, Difference], scale: Scale, unmatched: Sequence[str]) -> str:
+    """One sentence on an arm: against kd first, then none; and whether it was a fair comparison at all."""
+    level = level_left(differences)
+    mine = [(theirs, d) for (ours, theirs), d in differences.items() if ours == arm]
+    said = "; ".join(_against(reference, d, scale, level) for reference, d in reversed(mine))
+    if unmatched:
+        said += f". NOT MATCHED, so this is no evidence for the method: {'; '.join(unmatched)}"
+    return said
+
+
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p {p:.2g}"
+
+
+def _against(reference: str, d: Difference, scale: Scale, level: float) -> str:
+    if d.shown:
+        way = "better" if (d.mean > 0) == higher_is_better(scale.metric) else "worse"
+        upward = d if d.mean > 0 else replace(d, mean=-d.mean, low=-d.high, high=-d.low)
+        return f"{way} than {reference} by {scale.amount(upward.mean)}{scale.interval(upward)}, {p_value(d.corrected)}"
+    head = f"no difference to {reference} shown at {d.count} seeds"
+    if d.sd == 0:
+        same = "the same difference, too few times to show it" if d.mean else "exactly the same result"
+        return f"{head} ({scale.amount(d.mean, '+')}): every seed gave {same}"
+    head += f" ({scale.amount(d.mean, '+')}{scale.interval(d)}, {p_value(d.corrected)})"
+    wishes = [scale.seen, *([abs(d.mean)] if abs(d.mean) > scale.seen else [])]
+    more = [(seeds_needed(wish, d.sd, level) - d.count, scale.amount(wish)) for wish in wishes]
+    needed = ", ".join(f"{count} more would be needed to see {wish}" for count, wish in more if count > 0)
+    return f"{head}: " + (
+        needed
+        or f"{more[0][1]} would have been seen with power {power(d.count, scale.seen, d.sd, level):.2f}"
+    )
+
+
+def _share(metric: str) -> bool:
+    return any(name in metric for name in SHARES)
