@@ -18,7 +18,9 @@ def methods() -> dict[str, dict[str, Any]]:
     """Every catalogued method by slug, as registry.toml has it; empty where there is no catalogue."""
     for path in (_HERE / "registry.toml", _HERE.parent / "registry.toml"):
         if path.is_file():
-            return {entry["slug"]: entry for entry in tomllib.loads(path.read_text("utf-8")).get("method", [])}
+            return {
+                entry["slug"]: entry for entry in tomllib.loads(path.read_text("utf-8")).get("method", [])
+            }
     return {}
 
 
@@ -34,7 +36,9 @@ def how_to_get(entry: dict[str, Any]) -> str:
     """The command that installs a catalogued plugin today, or that there is none yet."""
     slug = entry["slug"]
     if entry.get("status") == "planned":
-        return f"kd-plugin-{slug} is catalogued as planned: it is not written yet (kd list --all shows the road)"
+        return (
+            f"kd-plugin-{slug} is catalogued as planned: it is not written yet (kd list --all shows the road)"
+        )
     return f"pip install ./plugins/{slug} from a clone (kd-plugin-{slug} is not published yet)"
 
 

@@ -41,7 +41,9 @@ def write_json(path: Path, value: Any) -> None:
         draft.write_text(json.dumps(value, indent=2, default=str) + "\n", "utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Tensors alone, as safetensors; shared storage is written once a name."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with replacing(path) as draft:
@@ -65,7 +67,9 @@ def load_tensors(path: str | os.PathLike[str], place: str) -> dict[str, Tensor]:
             hint="save model.state_dict() alone, best as .safetensors",
         ) from None
     except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(place, f"damaged checkpoint: {str(error).splitlines()[0]}", given=str(path)) from None
+        raise InputError(
+            place, f"damaged checkpoint: {str(error).splitlines()[0]}", given=str(path)
+        ) from None
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise InputError(place, "not a state dict of tensors", given=str(path))
@@ -87,7 +91,9 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], place: str) ->
             for what, rows in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
             if rows
         ]
-        raise InputError(place, f"the checkpoint is of another architecture: {'; '.join(parts)}", given=str(path))
+        raise InputError(
+            place, f"the checkpoint is of another architecture: {'; '.join(parts)}", given=str(path)
+        )
     module.load_state_dict(found)
 
 
@@ -112,7 +118,9 @@ def load_state(path: Path, map_location: str = "cpu") -> dict[str, Any]:
         return dict(torch.load(path, map_location=map_location, weights_only=True))
 
 
-def newest_state(folder: Path, say: Callable[[str], None] = lambda text: None) -> tuple[Path, dict[str, Any]] | None:
+def newest_state(
+    folder: Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest state in ``folder`` that loads whole; damaged ones are named and passed over."""
     for path in sorted(folder.glob("step-*.state"), reverse=True):
         try:

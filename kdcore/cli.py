@@ -75,14 +75,22 @@ def resume(folder: Path, quiet: bool) -> None:
 @kd.command()
 @click.argument("recipe")
 @OVERRIDES
-@click.option("--arm", "arms", multiple=True, metavar="NAME[:KEY=VALUE[,KEY=VALUE]]", help="An arm; repeatable.")
+@click.option(
+    "--arm", "arms", multiple=True, metavar="NAME[:KEY=VALUE[,KEY=VALUE]]", help="An arm; repeatable."
+)
 @click.option("--seeds", type=click.IntRange(min=2), default=5, show_default=True)
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
-@click.option("--tune", type=click.IntRange(min=0), default=0, help="Trials of the search for each arm, on val.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time."
+)
+@click.option(
+    "--tune", type=click.IntRange(min=0), default=0, help="Trials of the search for each arm, on val."
+)
 @click.option("--space", multiple=True, metavar="KEY=[LOW,HIGH]", help="What --tune searches; repeatable.")
 @click.option("--teacher", type=click.Choice(["shared", "per-seed"]), default="shared", show_default=True)
 @click.option("--detect", type=float, help="The difference worth seeing, in points (0.5).")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; an interrupted comparison goes on there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder; an interrupted comparison goes on there."
+)
 @click.option("--quiet", is_flag=True)
 def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **options: Any) -> None:
     """Compare arms of RECIPE fairly: same data, seeds, budget; no-distillation and plain KD always beside them."""
@@ -117,8 +125,12 @@ def export(what: str, out: Path | None, target: str, params: tuple[str, ...], **
 
 @kd.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="Time torch's student and teacher too.")
-@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 8, 32), show_default=True)
+@click.option(
+    "--run", "run_folder", type=click.Path(path_type=Path), help="Time torch's student and teacher too."
+)
+@click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 8, 32), show_default=True
+)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 def bench(artefact: Path, run_folder: Path | None, batches: tuple[int, ...], threads: int) -> None:
     """Latency and throughput of an ARTEFACT, each backend in a process of its own."""
@@ -169,7 +181,9 @@ def show(name: str, kind: str | None) -> None:
     from kdcore.types import KINDS
 
     registry = plugins.registry()
-    found = [(k, e, c) for k, e, c in registry.components(kind) if name in (c.name, f"{e.distribution}:{c.name}")]
+    found = [
+        (k, e, c) for k, e, c in registry.components(kind) if name in (c.name, f"{e.distribution}:{c.name}")
+    ]
     slug = name.split(":")[-1].split(".")[0]
     if not found and catalog.method(slug) is None:
         registry.find(kind or "loss", name, "name")
@@ -178,7 +192,11 @@ def show(name: str, kind: str | None) -> None:
         click.echo(f"{slug} is not installed: {catalog.how_to_get(entry)}\n")
     for each in found:
         _describe(*each)
-    parts = [(k, c.name, c.summary, e.distribution) for k, e, c in registry.components() if c.name.startswith(f"{slug}.")]
+    parts = [
+        (k, c.name, c.summary, e.distribution)
+        for k, e, c in registry.components()
+        if c.name.startswith(f"{slug}.")
+    ]
     _table([row for row in parts if row[1] != name])
     if entry := catalog.method(slug):
         click.echo(_paper(entry))
@@ -193,7 +211,9 @@ def search(words: tuple[str, ...]) -> None:
     """Catalogued methods that contain all WORDS."""
     from kdcore import catalog
 
-    rows = [(",".join(m["kinds"]), m["slug"], m["summary"], m["status"]) for m in catalog.search(" ".join(words))]
+    rows = [
+        (",".join(m["kinds"]), m["slug"], m["summary"], m["status"]) for m in catalog.search(" ".join(words))
+    ]
     _table(rows)
     if not rows:
         click.echo("nothing found")
@@ -226,7 +246,9 @@ def plugin() -> None:
 
 @plugin.command("new")
 @click.argument("slug")
-@click.option("--kind", default="loss", show_default=True, help="teacher, student, router, loss or augmentation.")
+@click.option(
+    "--kind", default="loss", show_default=True, help="teacher, student, router, loss or augmentation."
+)
 @click.option("--into", type=click.Path(path_type=Path), default=Path("."), help="Parent folder.")
 def new(slug: str, kind: str, into: Path) -> None:
     """Write a plugin of the standard form that passes its own tests at once."""

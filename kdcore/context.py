@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kdcore import parallel
 from kdcore.data import Key, Keyed, Source, key_seed, shard
-from kdcore.kinds import Kind, Student, Teacher
+from kdcore.kinds import Kind, Loss, Student, Teacher
+from kdcore.streams import renamed
 from kdcore.taps import Replace
 from kdcore.types import Batch, Outputs
 
@@ -92,6 +93,26 @@ class RunContext:
         quiet = torch.no_grad() if name != "student" and not grad else nullcontext()
         with quiet:
             return self._distiller.ask(name, batch, replace=replace)
+
+    @torch.no_grad()
+    def preview(self, loss: Loss) -> tuple[Outputs, dict[str, Outputs]]:
+        """What ``loss`` will read, under its own names, for the small sample: the student's and each teacher's.
+
+        For shapes in ``setup``. The models are asked in eval mode and are left as they were.
+        """
+        distiller = self._distiller
+        slot = next(slot for slot in distiller.parts.losses if slot.loss is loss)
+        sample = self.sample
+        part = sample.part((slot.streams or sample.streams)[0])
+        was_training = distiller.training
+        distiller.eval()
+        try:
+            student = renamed(distiller.ask("student", part), slot.reads.get("student"))
+            return student, {
+                name: renamed(distiller.ask(name, part), slot.reads.get("teacher")) for name in slot.teachers
+            }
+        finally:
+            distiller.train(was_training)
 
     def update(self, component: Kind, loss: Tensor, clip: float | None = None) -> None:
         """One step of a component's own optimiser on ``loss``; no other parameter gets a gradient from it."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from kdcore.errors import InputError, nearest
 from kdcore.signature import import_string, schema_of
@@ -72,8 +72,15 @@ class Order:
     The stream ``epoch`` ends the epoch; the others cycle on, their position following from the step.
     """
 
-    def __init__(self, sizes: Mapping[str, int], batch_sizes: Mapping[str, int], epoch: str, seed: int) -> None:
-        self.sizes, self.batch_sizes, self.epoch_stream, self.seed = dict(sizes), dict(batch_sizes), epoch, seed
+    def __init__(
+        self, sizes: Mapping[str, int], batch_sizes: Mapping[str, int], epoch: str, seed: int
+    ) -> None:
+        self.sizes, self.batch_sizes, self.epoch_stream, self.seed = (
+            dict(sizes),
+            dict(batch_sizes),
+            epoch,
+            seed,
+        )
         self.steps_per_epoch = -(-sizes[epoch] // batch_sizes[epoch])
         self.draw: Callable[[int, int], Tensor | None] = lambda size, cycle: None
         self.drawn: dict[int, Tensor] = {}
@@ -116,7 +123,11 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.end):
             keys = self.order.keys(step)
-            yield [k for name in self.order.sizes for k in shard([k for k in keys if k.stream == name], self.rank, self.world)]
+            yield [
+                k
+                for name in self.order.sizes
+                for k in shard([k for k in keys if k.stream == name], self.rank, self.world)
+            ]
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -160,13 +171,18 @@ class Source:
 
     def _check(self) -> None:
         if self.epoch not in self.streams:
-            raise InputError("data.epoch", "no stream of this name", given=self.epoch, allowed=list(self.streams))
+            raise InputError(
+                "data.epoch", "no stream of this name", given=self.epoch, allowed=list(self.streams)
+            )
         for name, split in [*self.streams.items(), ("val", self.data.val), ("test", self.data.test)]:
             if split is None or len(split) == 0:
                 raise InputError("data.source", f"the data set {name!r} is empty", given=self.table.source)
         if isinstance(self.table.batch_size, dict) and set(self.table.batch_size) != set(self.streams):
             raise InputError(
-                "data.batch_size", "one size a stream is needed", given=self.table.batch_size, allowed=list(self.streams)
+                "data.batch_size",
+                "one size a stream is needed",
+                given=self.table.batch_size,
+                allowed=list(self.streams),
             )
 
     def _carve(self) -> None:
@@ -198,30 +214,39 @@ class Source:
     def loader(self, split: str) -> DataLoader[Any]:
         """Batches of a split in order, without augmentation. ``train`` is the epoch's stream."""
         if split not in SPLITS:
-            raise InputError("data", "no such split", given=split, allowed=SPLITS, hint=nearest(split, SPLITS))
+            raise InputError(
+                "data", "no such split", given=split, allowed=SPLITS, hint=nearest(split, SPLITS)
+            )
         data = self.streams[self.epoch] if split == "train" else getattr(self.data, split)
         if data is None:
-            raise InputError("data.tune", "this recipe has no tune split", hint="set data.tune, for example 0.1")
+            raise InputError(
+                "data.tune", "this recipe has no tune split", hint="set data.tune, for example 0.1"
+            )
         return DataLoader(Plain(data), batch_size=self.table.eval_batch_size, collate_fn=_same)
 
     def sample(self, count: int = 4) -> Batch:
         """A small real batch of the first samples of every stream, for the dry run."""
         keyed = Keyed(self.streams, self.seed)
-        return keyed.__getitems__([Key(n, 0, i) for n, d in self.streams.items() for i in range(min(count, len(d)))])
+        return keyed.__getitems__(
+            [Key(n, 0, i) for n, d in self.streams.items() for i in range(min(count, len(d)))]
+        )
 
 
-class Part(Subset[Any]):
-    """A subset that keeps its items' identity: the id is the index in the whole set."""
+class Part(Dataset[Any]):
+    """Some items of a data set, with their identity kept: the id is the index in the whole set."""
 
     def __init__(self, whole: Any, indices: np.ndarray[Any, Any]) -> None:
-        super().__init__(whole, [int(i) for i in indices])
+        self.whole, self.indices = whole, [int(i) for i in indices]
         for name in ("augment", "collate"):
             if hasattr(whole, name):
                 setattr(self, name, getattr(whole, name))
 
-    def __getitem__(self, index: Any) -> Any:
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         where = self.indices[index]
-        return {"id": where, **self.dataset[where]}
+        return {"id": where, **self.whole[where]}
 
 
 class Plain(Dataset[Any]):
@@ -267,5 +292,7 @@ def _load(table: DataTable) -> Data:
     checked = schema_of(source, table.source).validate(table.args, "data.args")
     data = source(**checked)
     if not isinstance(data, Data):
-        raise InputError("data.source", f"returned {type(data).__name__}", allowed="kdcore.Data", given=table.source)
+        raise InputError(
+            "data.source", f"returned {type(data).__name__}", allowed="kdcore.Data", given=table.source
+        )
     return data

@@ -31,7 +31,9 @@ class TensorSet:
         return {name: value[index] for name, value in self.values.items()}
 
 
-def split(count: int, shares: tuple[float, float], seed: int, target: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def split(
+    count: int, shares: tuple[float, float], seed: int, target: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of train, val and test: a fixed shuffle of ``count``, cut by the shares of val and test.
 
     With ``target`` every class keeps its share in each split (scikit-learn's stratified split).
@@ -66,14 +68,19 @@ def digits(
     target = torch.tensor(raw.target, dtype=torch.int64)
     train, middle, last = split(len(target), (val, test), split_seed, raw.target)
     if labels is not None and labels > len(train):
-        raise InputError("data.args.labels", "more than there are", given=labels, allowed=f"1 to {len(train)}")
+        raise InputError(
+            "data.args.labels", "more than there are", given=labels, allowed=f"1 to {len(train)}"
+        )
     chosen = train[:labels]
     sets = [TensorSet(ids, input=images[ids], target=target[ids]) for ids in (chosen, middle, last)]
     return Data(
         *sets,
         classes=10,
         labels=[str(i) for i in range(10)],
-        preprocessing=[{"step": "scale", "factor": 1 / 16}, *([] if flat else [{"step": "add_axis", "axis": 1}])],
+        preprocessing=[
+            {"step": "scale", "factor": 1 / 16},
+            *([] if flat else [{"step": "add_axis", "axis": 1}]),
+        ],
         raw=lambda ids: {"input": (raw.data if flat else raw.images)[list(ids)].astype("float32")},
         description=f"scikit-learn digits, {len(chosen)} training images",
         licence="CC BY 4.0 (UCI Optical Recognition of Handwritten Digits)",

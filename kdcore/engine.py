@@ -89,7 +89,7 @@ def fit(job: Fit) -> dict[str, Any]:
         "steps": job.run.step,
         "seconds": time.perf_counter() - began,
         "peak_memory": memory.peak(),
-        "metrics": runner.keeper.finish(),
+        "metrics": runner.keeper.latest,
         "guards": job.distiller.guards.as_dict(),
     }
 
@@ -110,7 +110,13 @@ def make_runner(job: Fit) -> _KDRunner:
         train_cfg={"type": _StepLoop, "max_epochs": -(-run.total_steps // run.steps_per_epoch)},
         optim_wrapper=_wrapper(job, train),
         param_scheduler=_schedulers(train, run.total_steps) or None,
-        default_hooks={"runtime_info": None, "timer": None, "logger": None, "checkpoint": None, "sampler_seed": None},
+        default_hooks={
+            "runtime_info": None,
+            "timer": None,
+            "logger": None,
+            "checkpoint": None,
+            "sampler_seed": None,
+        },
         custom_hooks=[MetricsHook(job), keeper],
         visualizer={"type": "Visualizer", "vis_backends": [{"type": name} for name in job.visualizers]},
         log_level="ERROR",
@@ -202,7 +208,9 @@ class MetricsHook(Hook):  # type: ignore[misc]
     def before_train(self, runner: Runner) -> None:
         self.job.run.log = lambda **values: self.extra.update(values)
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
         step = self.job.run.step
         if step % LOG_STEPS == 0 or step == 1 or step == self.job.run.total_steps:
             check_finite(outputs, step)
@@ -212,16 +220,26 @@ class MetricsHook(Hook):  # type: ignore[misc]
         self.job.progress.advance(step)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        epoch, last = runner.epoch + 1, self.job.run.step >= self.job.run.total_steps
+        """Evaluate where it is due; at the end put the best weights back, ``finish`` on those, and judge them."""
+        job, keeper = self.job, runner.keeper
+        best, last = job.train.keep == "best", job.run.step >= job.run.total_steps
+        finishing = last and bool(job.distiller.events.finish.get_hookimpls())
+        due = best or not finishing if last else (runner.epoch + 1) % job.train.eval_every == 0
+        if due:
+            keeper.judge(self._evaluate(runner))
         if last:
-            self.job.run.reseed("finish")
-            self.job.distiller.events.finish()
-        if last or epoch % self.job.train.eval_every == 0:
-            self.job.distiller.events.before_eval()
-            metrics = self.job.evaluate()
-            runner.keeper.judge(metrics)
-            self._write(runner, {"step": self.job.run.step, **{f"val/{k}": v for k, v in metrics.items()}})
-            self.job.progress.note(metrics)
+            keeper.settle()
+        if finishing:
+            job.run.reseed("finish")
+            job.distiller.events.finish()
+            keeper.latest = self._evaluate(runner)
+
+    def _evaluate(self, runner: Runner) -> dict[str, float]:
+        self.job.distiller.events.before_eval()
+        metrics = self.job.evaluate()
+        self._write(runner, {"step": self.job.run.step, **{f"val/{k}": v for k, v in metrics.items()}})
+        self.job.progress.note(metrics)
+        return metrics
 
     def _write(self, runner: Runner, row: dict[str, Any]) -> None:
         if parallel.rank():
@@ -247,7 +265,9 @@ class StateHook(Hook):  # type: ignore[misc]
         self.latest: dict[str, float] = {}
         self.best: dict[str, Any] = {}
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
         every, step = self.job.train.checkpoint_every, self.job.run.step
         stop = Stop.requested()
         due = step % every == 0 if every else time.monotonic() - self.last_saved > SAVE_SECONDS
@@ -257,7 +277,9 @@ class StateHook(Hook):  # type: ignore[misc]
         if due or stop:
             self.save(runner)
         if stop:
-            raise Interrupted(f"stopped by {stop} at step {step} of {self.job.run.total_steps}; the state is saved")
+            raise Interrupted(
+                f"stopped by {stop} at step {step} of {self.job.run.total_steps}; the state is saved"
+            )
 
     def save(self, runner: Runner) -> None:
         """Write step-N.state beside the older ones, then drop all but the newest few."""
@@ -293,7 +315,9 @@ class StateHook(Hook):  # type: ignore[misc]
         path, state = found
         if state["identity"] != job.identity:
             raise InputError(
-                str(path), "this state belongs to another recipe", hint="use another --out, or --resume=force to go on"
+                str(path),
+                "this state belongs to another recipe",
+                hint="use another --out, or --resume=force to go on",
             )
         job.distiller.load_state_dict(state["model"])
         runner.optim_wrapper.load_state_dict(state["optimizer"])
@@ -321,12 +345,13 @@ class StateHook(Hook):  # type: ignore[misc]
             if not parallel.rank():
                 save_tensors(self.job.folder / "best.safetensors", self.job.distiller.student.state_dict())
 
-    def finish(self) -> dict[str, float]:
-        if not self.best:
-            return self.latest
-        weights = load_tensors(self.job.folder / "best.safetensors", "train.keep")
-        self.job.distiller.student.load_state_dict(weights)
-        return dict(self.best["metrics"])
+    def settle(self) -> None:
+        """The best weights back into the student, where they were asked for."""
+        if self.best:
+            parallel.barrier()
+            weights = load_tensors(self.job.folder / "best.safetensors", "train.keep")
+            self.job.distiller.student.load_state_dict(weights)
+            self.latest = dict(self.best["metrics"])
 
 
 def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
@@ -342,7 +367,9 @@ def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
         return _Autocast(device, **options)
     if train.precision == "fp16":
         if device != "cuda":
-            raise InputError("train.precision", "fp16 training needs a GPU", given="fp16", allowed="fp32, bf16 on a CPU")
+            raise InputError(
+                "train.precision", "fp16 training needs a GPU", given="fp16", allowed="fp32, bf16 on a CPU"
+            )
         return AmpOptimWrapper(dtype="float16", **options)
     return OptimWrapper(**options)
 
@@ -380,5 +407,3 @@ def _close(runner: Runner) -> None:
             runner.logger.removeHandler(handler)
     for owner in (type(runner.logger), type(runner.visualizer), type(runner.message_hub)):
         getattr(owner, "_instance_dict", {}).pop(runner.experiment_name, None)
-
-

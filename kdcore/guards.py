@@ -46,7 +46,9 @@ class Guards:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
-    def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Mapping[str, Outputs], step: int) -> None:
+    def look(
+        self, terms: Mapping[str, tuple[float, Tensor]], student: Mapping[str, Outputs], step: int
+    ) -> None:
         seen = {reading.term for reading in self.readings}
         fresh = [name for name in terms if name not in seen]
         if not fresh or not self.enabled:
@@ -64,7 +66,7 @@ class Guards:
         if not math.isfinite(r.value) or not math.isfinite(r.gradient_norm):
             raise RunError(
                 f"loss term {r.term!r} is {r.value} with gradient norm {r.gradient_norm} at step {r.step}.\n"
-                "  hint    look at its inputs (inf logits, log of 0), lower lr, or use precision = \"fp32\""
+                '  hint    look at its inputs (inf logits, log of 0), lower lr, or use precision = "fp32"'
             )
         if r.share < DEAD_SHARE:
             self.warnings.append(
@@ -93,7 +95,9 @@ class Guards:
         """Raise where a frozen teacher was changed since ``remember``, or left eval mode."""
         for name, version in self._versions.items():
             if any(module.training for module in teachers[name].modules()):
-                raise RunError(f"teacher {name!r} is in training mode: its dropout and batch statistics are live")
+                raise RunError(
+                    f"teacher {name!r} is in training mode: its dropout and batch statistics are live"
+                )
             if _version(teachers[name]) != version:
                 raise RunError(f"teacher {name!r} was changed during the run: something wrote to its weights")
 

@@ -102,7 +102,9 @@ def export(
     merged.pop("use", None)
     exporter = build.Builder(0).make("exporter", use, merged, "export")
     if destination.exists():
-        raise InputError("export.out", "something is there already", given=str(destination), hint="name another --out")
+        raise InputError(
+            "export.out", "something is there already", given=str(destination), hint="name another --out"
+        )
     rows: dict[str, Any] = exporter.export_request(request, destination.absolute())
     return {"artefact": str(destination), **rows}
 
@@ -151,7 +153,9 @@ def _first(loader: Any, count: int) -> Batch:
         if sum(map(len, found)) >= count:
             break
     joined = {
-        k: torch.cat([b[k] for b in found]) if isinstance(found[0][k], torch.Tensor) else [v for b in found for v in b[k]]
+        k: torch.cat([b[k] for b in found])
+        if isinstance(found[0][k], torch.Tensor)
+        else [v for b in found for v in b[k]]
         for k in found[0]
     }
     batch = Batch(joined)

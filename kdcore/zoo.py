@@ -29,7 +29,11 @@ class ConvNet(nn.Module):
 
 
 def conv_net(
-    *, width: Count = 16, classes: Count = 10, in_channels: Count = 1, norm: Literal["batch", "group", "none"] = "batch"
+    *,
+    width: Count = 16,
+    classes: Count = 10,
+    in_channels: Count = 1,
+    norm: Literal["batch", "group", "none"] = "batch",
 ) -> ConvNet:
     """A small convolutional classifier; ``norm = "group"`` has no batch statistics."""
     return ConvNet(width, classes, in_channels, norm)

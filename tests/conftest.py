@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kdcore import plugins
 from kdcore.plugins import Entry
 
@@ -30,7 +31,7 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny() -> dict[str, Any]:
     """A recipe that trains in a second; a fresh copy to change."""
     tree = copy.deepcopy(TINY)
@@ -38,7 +39,7 @@ def tiny() -> dict[str, Any]:
     return tree
 
 
-@pytest.fixture()
+@pytest.fixture
 def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Write a Python module where it can be imported; returns its name."""
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -52,8 +53,10 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     return write
 
 
-@pytest.fixture()
-def install(write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Entry]]:
+@pytest.fixture
+def install(
+    write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Entry]]:
     """Install a plugin for one test: ``install("slug", code)``. Installed plugins stay beside it."""
     real = plugins._entry_points()
     added: list[Entry] = []
@@ -74,7 +77,7 @@ def install(write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
         sys.modules.pop(name, None)
 
 
-@pytest.fixture()
+@pytest.fixture
 def digest() -> Callable[[Path], dict[str, str]]:
     """Digests of everything that a run leaves, apart from what says how long it took."""
 
@@ -82,7 +85,11 @@ def digest() -> Callable[[Path], dict[str, str]]:
         found = {}
         for path in sorted(folder.rglob("*")):
             timed = path.suffix in (".md", ".html", ".state", ".log", ".png") or "engine" in path.parts
-            if path.is_file() and not timed and path.name not in ("results.json", "result.json", "artefacts.json"):
+            if (
+                path.is_file()
+                and not timed
+                and path.name not in ("results.json", "result.json", "artefacts.json")
+            ):
                 found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 

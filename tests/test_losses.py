@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kdcore.errors import InputError, KDError
 from kdcore.kinds import FunctionLoss
 from kdcore.losses import kd_loss
@@ -32,7 +33,9 @@ def test_kd_gradient_is_t_times_the_difference_of_the_softened_probabilities() -
     assert teacher.grad is None
 
 
-def named(student_logits: torch.Tensor, teacher_hint: torch.Tensor, target: torch.Tensor, *, k: float = 2.0) -> torch.Tensor:
+def named(
+    student_logits: torch.Tensor, teacher_hint: torch.Tensor, target: torch.Tensor, *, k: float = 2.0
+) -> torch.Tensor:
     return k * student_logits.sum(-1) + teacher_hint.sum(-1) + target
 
 
@@ -57,7 +60,11 @@ def test_a_missing_name_is_named() -> None:
     with pytest.raises(KDError, match="no 'hint'"):
         loss(Outputs(logits=torch.zeros(1, 1)), Outputs(), Batch({"target": torch.zeros(1)}))
     with pytest.raises(InputError, match="needs 'target'"):
-        loss(Outputs(logits=torch.zeros(1, 1)), Outputs(tensors={"hint": torch.zeros(1, 1)}), Batch({"x": torch.zeros(1)}))
+        loss(
+            Outputs(logits=torch.zeros(1, 1)),
+            Outputs(tensors={"hint": torch.zeros(1, 1)}),
+            Batch({"x": torch.zeros(1)}),
+        )
 
 
 def test_conventions_travel_with_the_function() -> None:
@@ -66,7 +73,12 @@ def test_conventions_travel_with_the_function() -> None:
         return student_logits
 
     loss = FunctionLoss(marked, ("student_logits",), {})
-    assert (loss.hard_term, loss.t_squared, loss.zero_at_teacher, loss.couples_batch) == (True, False, False, False)
+    assert (loss.hard_term, loss.t_squared, loss.zero_at_teacher, loss.couples_batch) == (
+        True,
+        False,
+        False,
+        False,
+    )
 
 
 def test_a_logit_loss_runs_on_hidden_states_by_itself() -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kdcore
 import pytest
 import tomli_w
 import torch
+
+import kdcore
 from kdcore.checkpoint import newest_state
 from kdcore.errors import InputError, Interrupted, RunError
 from kdcore.signals import Stop
@@ -84,11 +85,15 @@ NET = """
 """
 
 
-@pytest.fixture()
-def rich(tiny: dict[str, Any], install: Callable[..., Any], write_module: Callable[..., str]) -> tuple[dict[str, Any], Any]:
+@pytest.fixture
+def rich(
+    tiny: dict[str, Any], install: Callable[..., Any], write_module: Callable[..., str]
+) -> tuple[dict[str, Any], Any]:
     """A recipe with every kind of state, and the set of steps at which it crashes (once each)."""
     parts = write_module(PARTS)
-    install("bank", f"""
+    install(
+        "bank",
+        f"""
         from kdcore import Component, hookimpl
         @hookimpl
         def kd_losses():
@@ -96,7 +101,8 @@ def rich(tiny: dict[str, Any], install: Callable[..., Any], write_module: Callab
         @hookimpl
         def kd_augmentations():
             yield Component("bank.noise", "{parts}:Noise")
-    """)
+    """,
+    )
     tiny["student"] = {"use": "module", "model": f"{write_module(NET)}:dropping"}
     tiny["teacher"]["ema"] = {"use": "self", "decay": 0.9}
     tiny["augmentation"] = [{"use": "bank.noise"}]
@@ -105,7 +111,13 @@ def rich(tiny: dict[str, Any], install: Callable[..., Any], write_module: Callab
         {"use": "kd", "teacher": "ema", "temperature": 1.0, "name": "mean-teacher"},
         {"use": "bank", "weight": 0.1},
     ]
-    tiny["train"] |= {"epochs": 3, "clip": 1.0, "checkpoint_every": 3, "schedule": {"warmup": 0.2}, "keep": "best"}
+    tiny["train"] |= {
+        "epochs": 3,
+        "clip": 1.0,
+        "checkpoint_every": 3,
+        "schedule": {"warmup": 0.2},
+        "keep": "best",
+    }
     import importlib
 
     return tiny, importlib.import_module(parts)
@@ -170,7 +182,10 @@ def test_a_changed_recipe_is_refused_with_the_difference(tiny: dict[str, Any], t
 
 
 def test_a_signal_saves_and_leaves_with_a_code_of_its_own(
-    rich: tuple[dict[str, Any], Any], tmp_path: Path, digest: Callable[[Path], dict[str, str]], monkeypatch: Any
+    rich: tuple[dict[str, Any], Any],
+    tmp_path: Path,
+    digest: Callable[[Path], dict[str, str]],
+    monkeypatch: Any,
 ) -> None:
     recipe, parts = rich
     recipe["train"]["checkpoint_every"] = 1000
@@ -213,13 +228,24 @@ def test_the_state_is_loaded_without_running_code(tmp_path: Path) -> None:
     assert "damaged" in said[0]
 
 
-def test_sigkill_of_the_process(tiny: dict[str, Any], tmp_path: Path, digest: Callable[[Path], dict[str, str]]) -> None:
+def test_sigkill_of_the_process(
+    tiny: dict[str, Any], tmp_path: Path, digest: Callable[[Path], dict[str, str]]
+) -> None:
     """The real thing once: another process, SIGKILL at whatever moment, resumed from the command line."""
     tiny["train"] |= {"epochs": 40, "checkpoint_every": 2}
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(tomli_w.dumps(tiny), "utf-8")
     whole = kdcore.run(recipe, out=tmp_path / "whole")
-    command = [sys.executable, "-m", "kdcore", "run", str(recipe), "--out", str(tmp_path / "killed"), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcore",
+        "run",
+        str(recipe),
+        "--out",
+        str(tmp_path / "killed"),
+        "--quiet",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     states = tmp_path / "killed/stages/distill/student/state"
     deadline = time.monotonic() + 60
@@ -249,5 +275,3 @@ def _same(left: Any, right: Any, place: str = "") -> None:
 def test_same_is_able_to_fail() -> None:
     with pytest.raises(AssertionError):
         _same({"a": torch.zeros(2)}, {"a": torch.ones(2)})
-
-

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kdcore
 import pytest
 import tomli_w
 import torch
+
+import kdcore
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
 from kdcore.report import read_metrics
@@ -30,7 +31,7 @@ def distance(left: Path, right: Path) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-@pytest.fixture()
+@pytest.fixture
 def sgd(tiny: dict[str, Any]) -> dict[str, Any]:
     """SGD does not amplify rounding as Adam's division does, so equality can be asked for tightly."""
     tiny["train"]["optimizer"] = {"use": "SGD", "lr": 0.1, "momentum": 0.9}
@@ -57,7 +58,9 @@ def test_clipping_acts_on_the_accumulated_gradient(sgd: dict[str, Any], tmp_path
 def test_bf16_stays_near_fp32(sgd: dict[str, Any], tmp_path: Path) -> None:
     full = kdcore.run(sgd, out=tmp_path / "full").folder
     half = kdcore.run(sgd, overrides=["train.precision=bf16"], out=tmp_path / "half").folder
-    assert 0 < distance(full, half) < 2e-2  # bf16 has 8 bits of mantissa: 4e-3 relative a product, over 8 steps
+    assert (
+        0 < distance(full, half) < 2e-2
+    )  # bf16 has 8 bits of mantissa: 4e-3 relative a product, over 8 steps
     assert all(value.dtype == torch.float32 for value in weights(half).values())
 
 
@@ -119,14 +122,17 @@ def test_an_unnamed_plugin_changes_nothing(
 ) -> None:
     """Installing a plugin must not change a run that does not name it."""
     before = kdcore.run(tiny, out=tmp_path / "before").folder
-    install("noisy", """
+    install(
+        "noisy",
+        """
         import random
         from kdcore import Component, hookimpl
         random.random()
         @hookimpl
         def kd_losses():
             yield Component("noisy", "nowhere:nothing")
-    """)
+    """,
+    )
     after = kdcore.run(tiny, out=tmp_path / "after").folder
     assert distance(before, after) == 0.0
 
@@ -176,7 +182,9 @@ def tokens_recipe(module: str) -> dict[str, Any]:
     }
 
 
-def test_token_means_do_not_depend_on_how_the_batch_is_cut(write_module: Callable[..., str], tmp_path: Path) -> None:
+def test_token_means_do_not_depend_on_how_the_batch_is_cut(
+    write_module: Callable[..., str], tmp_path: Path
+) -> None:
     recipe = tokens_recipe(write_module(TOKENS))
     whole = kdcore.run(recipe, out=tmp_path / "whole").folder
     parts = kdcore.run(recipe, overrides=["train.accumulate=3"], out=tmp_path / "parts").folder
@@ -184,17 +192,43 @@ def test_token_means_do_not_depend_on_how_the_batch_is_cut(write_module: Callabl
 
 
 def torchrun(recipe: Path, out: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "kdcore", "run", str(recipe)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        "0",
+    ]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "-m",
+        "kdcore",
+        "run",
+        str(recipe),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent)}
     return subprocess.run(
-        [*command, "--out", str(out), "--quiet"], env=env, capture_output=True, text=True, timeout=180, check=False
+        [*command, "--out", str(out), "--quiet"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
 
 
 @pytest.mark.parametrize("which", ["images", "tokens", "coupled"])
 def test_two_processes_give_the_result_of_one(
-    which: str, sgd: dict[str, Any], write_module: Callable[..., str], install: Callable[..., Any], tmp_path: Path
+    which: str,
+    sgd: dict[str, Any],
+    write_module: Callable[..., str],
+    install: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """Equal global batch, two gloo ranks, unequal shares (the last batch has 4 of 32 samples, tokens are ragged)."""
     module = write_module(TOKENS)
@@ -210,7 +244,9 @@ def test_two_processes_give_the_result_of_one(
     assert distance(one, tmp_path / "two") < 2e-6
 
 
-def test_batch_norm_in_training_is_refused_with_several_processes(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_batch_norm_in_training_is_refused_with_several_processes(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     tiny["data"]["args"]["flat"] = False
     tiny["student"] = {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": 4}}
     path = tmp_path / "recipe.toml"

@@ -44,7 +44,9 @@ def seconds(command: list[str], path: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=11)
     parser.add_argument("--plugins", type=int, default=50)
     parser.add_argument("--json", type=Path)
@@ -68,8 +70,18 @@ def main() -> None:
     rows = []
     for name, values in times.items():
         middle = statistics.median(values)
-        rows.append({"what": name, "seconds": middle, "min": min(values), "max": max(values), "above_python": middle - base})
-        print(f"{name:28} {middle:.3f} s [{min(values):.3f}, {max(values):.3f}]  {middle - base:+.3f} s above python alone")
+        rows.append(
+            {
+                "what": name,
+                "seconds": middle,
+                "min": min(values),
+                "max": max(values),
+                "above_python": middle - base,
+            }
+        )
+        print(
+            f"{name:28} {middle:.3f} s [{min(values):.3f}, {max(values):.3f}]  {middle - base:+.3f} s above python alone"
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from kdcore import engine
 from kdcore.build import optimizer_of
 from kdcore.data import Source
@@ -30,7 +31,10 @@ from kdcore.tables import Use
 from kdcore.types import Batch, Data
 from kdcore.zoo import conv_net
 
-SIZES = {"about 20 ms": {"student": 28, "teacher": 48, "batch": 48}, "about 2 ms": {"student": 4, "teacher": 8, "batch": 16}}
+SIZES = {
+    "about 20 ms": {"student": 28, "teacher": 48, "batch": 48},
+    "about 2 ms": {"student": 4, "teacher": 8, "batch": 16},
+}
 TEMPERATURE = 4.0
 
 
@@ -55,7 +59,9 @@ def objective(student: Any, teacher: Any, batch: Any) -> torch.Tensor:
 
 def models(size: dict[str, int]) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    return conv_net(width=size["student"]).train(), conv_net(width=size["teacher"]).eval().requires_grad_(False)
+    return conv_net(width=size["student"]).train(), conv_net(width=size["teacher"]).eval().requires_grad_(
+        False
+    )
 
 
 def bare(size: dict[str, int]) -> Callable[[Batch], None]:
@@ -106,7 +112,9 @@ def runner_of(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
 def recipe(size: dict[str, int]) -> dict[str, Any]:
     return {
         "data": {"source": "bench_step:images", "batch_size": size["batch"]},
-        "teacher": {"main": {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": size["teacher"]}}},
+        "teacher": {
+            "main": {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": size["teacher"]}}
+        },
         "student": {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": size["student"]}},
         "loss": [{"use": "kd", "temperature": TEMPERATURE}],
         "train": {"epochs": 1000, "schedule": {"use": "constant"}},
@@ -160,7 +168,11 @@ def measure(size: dict[str, int], blocks: int, steps: int) -> dict[str, list[flo
         for _ in range(steps)
     ]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        ways = {"bare torch": bare(size), "mmengine Runner": runner_of(size, Path(one)), "kdcore": ours(size, Path(two))}
+        ways = {
+            "bare torch": bare(size),
+            "mmengine Runner": runner_of(size, Path(one)),
+            "kdcore": ours(size, Path(two)),
+        }
         times: dict[str, list[float]] = {name: [] for name in ways}
         for block in range(blocks + 1):
             for name, step in ways.items():
@@ -173,14 +185,18 @@ def measure(size: dict[str, int], blocks: int, steps: int) -> dict[str, list[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread, {options.blocks} blocks")
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread, {options.blocks} blocks"
+    )
     for name, size in SIZES.items():
         times = measure(size, options.blocks, options.steps)
         base = statistics.median(times["bare torch"])

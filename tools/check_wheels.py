@@ -57,7 +57,16 @@ def check_core(python: str, wheels: Path, scratch: Path, names: list[str]) -> No
     kd = binary.parent / "kd"
     for command in (["list"], ["plugins"], ["doctor"]):
         subprocess.run([str(kd), *command], check=True, cwd=scratch)
-    run = [str(kd), "run", "pld:digits", "train.epochs=2", "teacher.main.train.epochs=2", "--out", "demo", "--quiet"]
+    run = [
+        str(kd),
+        "run",
+        "pld:digits",
+        "train.epochs=2",
+        "teacher.main.train.epochs=2",
+        "--out",
+        "demo",
+        "--quiet",
+    ]
     subprocess.run(run, check=True, cwd=scratch, stdout=subprocess.DEVNULL)
     subprocess.run([str(kd), "export", "demo", "--out", "artefact"], check=True, cwd=scratch)
 
@@ -70,11 +79,15 @@ def check_serving(python: str, wheels: Path, scratch: Path) -> None:
         "e = np.load('artefact/example.npz'); print('served without torch:', sorted(e.files))"
     )
     subprocess.run([str(binary), "-c", code], check=True, cwd=scratch)
-    subprocess.run([str(binary.parent / "kd-verify"), "artefact", "--provider", "cpu"], check=True, cwd=scratch)
+    subprocess.run(
+        [str(binary.parent / "kd-verify"), "artefact", "--provider", "cpu"], check=True, cwd=scratch
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", default=sys.executable)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -42,7 +42,9 @@ def build_editable(folder: Path, into: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", type=Path, help="folders of packages (default: all)")
     parser.add_argument("--skip", nargs="*", default=[], help="folder names to leave out")
     options = parser.parse_args()

@@ -1,0 +1,85 @@
+"""Guards: dead terms, NaN, a teacher that moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kdcore
+from kdcore.errors import RunError
+from kdcore.guards import Guards
+from kdcore.types import Outputs
+
+
+def look(weights: dict[str, float], step: int = 0, guards: Guards | None = None) -> Guards:
+    logits = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    terms = {
+        name: (weight, (logits.sum() if name != "nan" else logits.sum() * float("nan")))
+        for name, weight in weights.items()
+    }
+    guards = guards or Guards()
+    guards.look(terms, {"main": Outputs(logits=logits)}, step)
+    return guards
+
+
+def test_value_gradient_norm_and_share() -> None:
+    readings = look({"a": 1.0, "b": 3.0}).readings
+    # d(w * sum)/d logits = (w, w): norm w sqrt(2)
+    assert [r.gradient_norm for r in readings] == pytest.approx([2**0.5, 3 * 2**0.5])
+    assert [r.share for r in readings] == pytest.approx([0.25, 0.75])
+    assert [r.value for r in readings] == [3.0, 3.0]
+
+
+def test_a_dead_term_is_a_warning_with_its_share() -> None:
+    guards = look({"kd": 1e-4, "task": 1.0})
+    assert len(guards.warnings) == 1
+    assert "'kd' is dead" in guards.warnings[0]
+    assert not look({"kd": 0.02, "task": 1.0}).warnings
+
+
+def test_a_scheduled_term_is_looked_at_when_it_first_acts() -> None:
+    guards = look({"task": 1.0})
+    look({"task": 1.0, "late": 0.5}, step=7, guards=guards)
+    look({"task": 1.0, "late": 1.0}, step=8, guards=guards)
+    assert [(r.term, r.step) for r in guards.readings] == [("task", 0), ("late", 7)]
+
+
+def test_nan_ends_the_run_with_the_terms_name() -> None:
+    with pytest.raises(RunError, match="'nan' is nan"):
+        look({"nan": 1.0})
+
+
+@pytest.mark.parametrize("change", ["weight", "buffer", "mode"])
+def test_a_teacher_that_moved_is_found(change: str) -> None:
+    teacher = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    guards = Guards()
+    guards.remember({"main": teacher})
+    guards.unchanged({"main": teacher})
+    with torch.no_grad():
+        if change == "weight":
+            teacher[0].weight.add_(0.0)  # in place counts, whatever the value
+        elif change == "buffer":
+            teacher.train()(torch.randn(4, 2))
+            teacher.eval()
+        else:
+            teacher[1].train()
+    with pytest.raises(RunError, match="training mode" if change == "mode" else "was changed"):
+        guards.unchanged({"main": teacher})
+
+
+def test_the_teacher_of_a_run_stays_in_eval_mode(tiny: dict[str, Any], tmp_path: Any) -> None:
+    """A teacher with batch norm: its running statistics after the run are those before it."""
+    tiny["data"]["args"]["flat"] = False
+    tiny["teacher"]["main"] = {
+        "use": "module",
+        "model": "kdcore.zoo:conv_net",
+        "args": {"width": 4},
+        "train": {"epochs": 1},
+    }
+    run = kdcore.run(tiny, out=tmp_path / "run")
+    guards = run.results["student"]["guards"]
+    assert {r["term"] for r in guards["terms"]} == {"kd", "task"}
+    assert sum(r["share"] for r in guards["terms"]) == pytest.approx(1.0)
