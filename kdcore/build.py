@@ -174,15 +174,27 @@ def make_student(recipe: Recipe, builder: Builder) -> Student:
 
 
 def prepare(parts: Parts, source: Source, run: RunContext, distiller: Distiller) -> None:
-    """Attach the run, call setup, set taps, and try everything on one small real batch."""
+    """Attach the run, call setup, set taps, and try everything on one small real batch.
+
+    The models' setup comes first and the taps after it, so that a loss can see in its own what it will read.
+    """
     distiller.attach(run)
     run.reseed("setup")
-    distiller.events.setup()
+    models = [(name, each) for name, each in parts.components() if name.startswith(("student", "teacher."))]
+    _set_up(models)
     for teacher in parts.teachers.values():
         frozen(teacher)
     distiller.to(run.device)
     _set_taps(parts)
+    _set_up(each for each in parts.components() if each not in models)
+    distiller.to(run.device)
     _dry_run(distiller, run)
+
+
+def _set_up(components: Iterable[tuple[str, Kind]]) -> None:
+    for _, component in components:
+        if (setup := getattr(component, "setup", None)) is not None:
+            setup()
 
 
 def _set_taps(parts: Parts) -> None:
