@@ -115,14 +115,15 @@ class Student(Kind):
 class Deployed(nn.Module):
     """A student as a plain module: tensors in the order of ``inputs``, a dict of tensors out."""
 
-    def __init__(self, student: Student, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, student: Any, names: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.student = student
         self.names = names or tuple(getattr(student, "input_names", ("input",)))
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         batch = Batch(dict(zip(self.names, tensors, strict=True)))
-        return self.student.infer(self.student(batch))
+        outputs = self.student(batch)
+        return self.student.infer(outputs) if hasattr(self.student, "infer") else {"logits": outputs.logits}
 
 
 class Router(Kind):
@@ -162,7 +163,7 @@ class Loss(Kind):
     """Divided by the number of classes; the default is the sum over classes."""
     joint: ClassVar[bool] = False
     """Called once with all teachers' outputs by name, instead of once a teacher."""
-    all_streams: ClassVar[bool] = False
+    all_streams: bool = False
     """Called once with the outputs of all streams by name, instead of once a stream."""
 
     def forward(self, student: Any, teacher: Any, batch: Batch) -> Terms:
@@ -289,6 +290,18 @@ class Exporter:
     def export_request(self, request: ExportRequest, out: Path) -> dict[str, Any]:
         """Write the artefact to ``out``; returns rows for the report."""
         raise NotImplementedError(f"{type(self).__name__} has no export_request(request, out)")
+
+    def bench(
+        self,
+        artefact: Path,
+        student: nn.Module | None,
+        teacher: nn.Module | None,
+        *,
+        batches: Sequence[int],
+        threads: int,
+    ) -> Any:
+        """Latency and throughput of an artefact beside the torch modules; ``str()`` of it is the table."""
+        raise NotImplementedError(f"{type(self).__name__} has no bench")
 
 
 def as_outputs(result: Any) -> Outputs:
