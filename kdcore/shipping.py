@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kdcore import build
 from kdcore import recipe as recipes
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
-from kdcore.kinds import ExportRequest, Student
+from kdcore.kinds import Deployed, ExportRequest, Student
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
 from kdcore.task import Task, higher_is_better
@@ -55,13 +55,7 @@ def measure_probes(recipe: Recipe, folder: Path, artefacts: dict[str, Any]) -> d
     student, run = load_student(folder)
     run.artefacts = artefacts
     builder = run.builder()
-    models: dict[str, nn.Module] = {"student": student}
-    for name, table in run.recipe.teacher.items():
-        teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
-        trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
-        if trained.exists():
-            teacher.load_state_dict(load_tensors(trained, name))
-        models[name] = teacher.to(run.device).eval()
+    models: dict[str, nn.Module] = {"student": student, **_teachers(run)}
     found = {}
     for index, table in enumerate(recipe.probe):
         probe = builder.make("probe", table.use, table.params, f"probe.{index}")
@@ -107,6 +101,31 @@ def export(
         )
     rows: dict[str, Any] = exporter.export_request(request, destination.absolute())
     return {"artefact": str(destination), **rows}
+
+
+def bench(artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx") -> str:
+    """The exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
+    exporter = build.Builder(0).make("exporter", target, {}, "bench")
+    student = teacher = None
+    if run_folder is not None:
+        trained, run = load_student(run_folder)
+        student = trained.cpu().deploy().eval()
+        teacher = next(iter(_teachers(run).values()), None)
+        if teacher is not None and hasattr(trained, "input_names"):
+            teacher = Deployed(teacher.cpu(), tuple(trained.input_names))  # type: ignore[arg-type]
+    return str(exporter.bench(artefact, student, teacher, batches=batches, threads=threads))
+
+
+def _teachers(run: StageRun) -> dict[str, nn.Module]:
+    """The run's teachers, with the weights that were trained in it."""
+    builder, models = run.builder(), {}
+    for name, table in run.recipe.teacher.items():
+        teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
+        trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
+        if trained.exists():
+            teacher.load_state_dict(load_tensors(trained, name))
+        models[name] = teacher.to(run.device).eval()
+    return models
 
 
 @torch.no_grad()

@@ -34,6 +34,12 @@ class RecipeExporter(OnnxExporter):
             "verdict": " ".join(report.parity.lines()),
         }
 
+    def bench(self, artefact: Path, student: Any, teacher: Any, **options: Any) -> Any:
+        """`kd bench`: the artefact beside the student and its teacher in torch."""
+        from kd_exporter_onnx.benchmark import bench
+
+        return bench(artefact, student, teacher, **options)
+
 
 def spec_of(request: "ExportRequest") -> ExportSpec:
     """The ExportSpec of a request. Preprocessing without raw samples cannot be tried, and so is refused."""
