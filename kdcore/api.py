@@ -183,6 +183,8 @@ def _check_whole(recipe: Recipe) -> None:
             if '"@' in json.dumps(view.model_dump(), default=str) or table.use != "distill":
                 continue
             trial = StageRun(view, "check", Path(scratch), {})
+            for name in view.teacher:
+                trial.of_teacher(name)
             parts = building.assemble(view, trial.source, trial.builder())
             _, context = trial.context(parts)
             building.optimizer_of(view.train.optimizer, list(parts.student.parameters()), "train.optimizer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +61,22 @@ class StageRun:
 
     def builder(self) -> build.Builder:
         return build.Builder(self.seed, self.artefacts, self.folder)
+
+    def of_teacher(self, name: str) -> StageRun:
+        """This stage on what the teacher is trained on: its own ``data`` laid over the recipe's, loaded and checked."""
+        over = self.recipe.teacher[name].data
+        if not over:
+            return self
+        if self.recipe.teacher[name].train is None:
+            raise InputError(f"teacher.{name}.data", "this teacher is not trained here", hint="add its train table")
+        try:
+            recipe = parse(merge(self.recipe.model_dump(exclude_unset=True), {"data": over}))
+            found = replace(self, recipe=recipe)
+            found.source.sample()
+        except InputError as error:
+            error.place = f"teacher.{name}.{error.place}"
+            raise
+        return found
 
     def context(self, parts: Parts) -> tuple[Distiller, RunContext]:
         """A prepared distiller: built, set up, tapped, tried on a small real batch, on the device."""
@@ -164,7 +180,7 @@ class Distill(Stage):
         return {"student": str(path), "results": results}
 
     def _teacher(self, run: StageRun, name: str, results: dict[str, Any], models: dict[str, Any]) -> Path:
-        table = run.recipe.teacher[name]
+        run, table = run.of_teacher(name), run.recipe.teacher[name]
         train = TrainTable.model_validate(merge(run.recipe.train.model_dump(exclude_unset=True), table.train or {}))
         if table.train and ("epochs" in table.train) != ("steps" in table.train):
             train = train.model_copy(update={"steps" if "epochs" in table.train else "epochs": None})

@@ -51,6 +51,7 @@ class LossTable(Use):
 
 class TeacherTable(Use):
     train: dict[str, Any] | None = None
+    data: dict[str, Any] = {}
     view: dict[str, str] = {}
 
 
