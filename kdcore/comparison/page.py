@@ -20,14 +20,16 @@ Values = Mapping[str, Sequence[float]]
 HOW = (
     "Every arm is trained with the same seeds, and each seed gives one difference between two arms. "
     "Intervals hold 95 % confidence for the mean of one difference (paired t). p is the paired t test's, "
-    "corrected by Holm's method over all differences of this report: the chance of even one false alarm among "
-    "them is at most 5 %. Better and worse mean corrected p <= 0.05. Seeds needed are for power 0.8 at the level "
-    "that Holm's method leaves, from the spread of the differences here, which few seeds know only roughly."
+    "corrected by Holm's method over all differences of this report: the chance of even one false alarm "
+    "among them is at most 5 %. Better and worse mean corrected p <= 0.05. Seeds needed are for power 0.8 at "
+    "the level that Holm's method leaves, from the spread of the differences here, which few seeds know only "
+    "roughly."
 )
 MATCHED = (
     "An arm is matched when its recipe differs from the recipe's own in losses, router and the task's weight "
     "alone, and when its runs, seed by seed, were seen to begin with the same student weights, the same "
-    "samples in the same order, the same first augmented batch and the same teacher bits, and took as many steps."
+    "samples in the same order, the same first augmented batch and the same teacher bits, and took as many "
+    "steps."
 )
 SEARCH = "As many trials for every arm, on the validation split alone and with a seed of their own."
 CONVENTIONS = (

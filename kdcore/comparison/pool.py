@@ -67,7 +67,9 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     connection.wait([parent.sentinel] if parent else [])
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
+    last = time.monotonic() + GRACE_SECONDS
+    while not _leaving and time.monotonic() < last:  # its run saves its state
+        time.sleep(0.1)
     os._exit(1)
 
 

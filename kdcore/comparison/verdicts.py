@@ -58,19 +58,20 @@ def _against(reference: str, d: Difference, scale: Scale, level: float) -> str:
     if d.shown:
         way = "better" if (d.mean > 0) == higher_is_better(scale.metric) else "worse"
         upward = d if d.mean > 0 else replace(d, mean=-d.mean, low=-d.high, high=-d.low)
-        return f"{way} than {reference} by {scale.amount(upward.mean)}{scale.interval(upward)}, {p_value(d.corrected)}"
+        size = f"{scale.amount(upward.mean)}{scale.interval(upward)}"
+        return f"{way} than {reference} by {size}, {p_value(d.corrected)}"
     head = f"no difference to {reference} shown at {d.count} seeds"
     if d.sd == 0:
         same = "the same difference, too few times to show it" if d.mean else "exactly the same result"
         return f"{head} ({scale.amount(d.mean, '+')}): every seed gave {same}"
     head += f" ({scale.amount(d.mean, '+')}{scale.interval(d)}, {p_value(d.corrected)})"
-    wishes = [scale.seen, *([abs(d.mean)] if abs(d.mean) > scale.seen else [])]
-    more = [(seeds_needed(wish, d.sd, level) - d.count, scale.amount(wish)) for wish in wishes]
-    needed = ", ".join(f"{count} more would be needed to see {wish}" for count, wish in more if count > 0)
-    return f"{head}: " + (
-        needed
-        or f"{more[0][1]} would have been seen with power {power(d.count, scale.seen, d.sd, level):.2f}"
-    )
+    needed = seeds_needed(scale.seen, d.sd, level) - d.count
+    if needed > 0:
+        head += f": {needed} more would be needed to see {scale.amount(scale.seen)}"
+        here = seeds_needed(abs(d.mean), d.sd, level) - d.count if abs(d.mean) > scale.seen else 0
+        return head + (f", {here} to see {scale.amount(abs(d.mean))}" if here > 0 else "")
+    chance = power(d.count, scale.seen, d.sd, level)
+    return f"{head}: {scale.amount(scale.seen)} would have been seen with power {chance:.2f}"
 
 
 def _share(metric: str) -> bool:
