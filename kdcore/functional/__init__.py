@@ -18,4 +18,5 @@ from .divergences import skew_reverse_kl as skew_reverse_kl
 from .divergences import total_variation as total_variation
 from .rows import Unembed as Unembed
 from .rows import align_vocabularies as align_vocabularies
+from .rows import at_least_float32 as at_least_float32
 from .rows import masked_mean as masked_mean
