@@ -43,6 +43,11 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """What softmax and losses are computed in: float32, or float64 where it is given."""
+    return x.to(wider(x.dtype))
+
+
 def column(x: PerRow) -> PerRow:
     return x.unsqueeze(-1) if isinstance(x, Tensor) and x.ndim else x
 
