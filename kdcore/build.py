@@ -65,7 +65,9 @@ def _check(kind: str, name: str, params: Mapping[str, Any], place: str) -> None:
 class Builder:
     """Makes components of a recipe, with references resolved. One a stage."""
 
-    def __init__(self, seed: int, artefacts: Mapping[str, Any] | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, seed: int, artefacts: Mapping[str, Any] | None = None, folder: Path | None = None
+    ) -> None:
         self.seed, self.artefacts, self.folder = seed, artefacts or {}, folder
         self.built: dict[str, Any] = {}
 
@@ -101,7 +103,9 @@ class Builder:
             return self.make(kind, value["use"], {k: v for k, v in value.items() if k != "use"}, place)
         if isinstance(value, str) and value.startswith("@"):
             if value[1:] not in self.built:
-                raise InputError(place, "nothing of this name is built here", given=value, allowed=sorted(self.built))
+                raise InputError(
+                    place, "nothing of this name is built here", given=value, allowed=sorted(self.built)
+                )
             return _Reference(self.built[value[1:]])
         return value
 
@@ -110,7 +114,9 @@ class Builder:
         if not (isinstance(value, str) and value.startswith("@") and "." in value):
             return value
         if value[1:] not in self.artefacts:
-            raise InputError(place, "no such artefact", given=value, allowed=sorted(self.artefacts) or "none yet")
+            raise InputError(
+                place, "no such artefact", given=value, allowed=sorted(self.artefacts) or "none yet"
+            )
         return self.artefacts[value[1:]]
 
 
@@ -145,18 +151,23 @@ def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: b
         parts.teachers[name] = frozen(builder.make("teacher", table.use, table.params, f"teacher.{name}"))  # type: ignore[assignment]
         parts.views[name] = table.view
     if recipe.router:
-        table = recipe.router
-        parts.router = builder.make("router", table.use, table.params, "router")
-        parts.routed = tuple(table.teachers or recipe.teacher)
-    for index, each in enumerate(recipe.augmentation):
-        name = _unique(each.name or each.use, parts.augmentations)
-        parts.augmentations[name] = builder.make("augmentation", each.use, each.params, f"augmentation.{index}")
+        router = recipe.router
+        parts.router = builder.make("router", router.use, router.params, "router")
+        parts.routed = tuple(router.teachers or recipe.teacher)
+    for index, wanted in enumerate(recipe.augmentation):
+        name = _unique(wanted.name or wanted.use, parts.augmentations)
+        place = f"augmentation.{index}"
+        parts.augmentations[name] = builder.make("augmentation", wanted.use, wanted.params, place)
     for index, each in enumerate(recipe.loss):
         loss: Loss = builder.make("loss", each.use, each.params, f"loss.{index}")
         reads_teacher = loss.joint or any(name.startswith("teacher.") for name in loss.wants())
         teachers = (_tuple(each.teacher) or tuple(parts.teachers)) if reads_teacher else ()
         if reads_teacher and not teachers:
-            raise InputError(f"loss.{index}", f"{each.use!r} reads a teacher, and the recipe has none", hint="add [teacher.main]")
+            raise InputError(
+                f"loss.{index}",
+                f"{each.use!r} reads a teacher, and the recipe has none",
+                hint="add [teacher.main]",
+            )
         name = _unique(each.name or each.use, {slot.name for slot in parts.losses})
         parts.losses.append(Slot(name, loss, each.weight, teachers, _tuple(each.stream), each.reads))
     return parts
@@ -208,7 +219,9 @@ def _set_taps(parts: Parts) -> None:
             names = [w.partition(".")[2] for w in wants if w.startswith(f"{side}.")]
             for name, path in mapping.items():
                 if name not in names:
-                    raise InputError(f"loss.{index}.reads.{side}.{name}", "the loss does not read this", allowed=names)
+                    raise InputError(
+                        f"loss.{index}.reads.{side}.{name}", "the loss does not read this", allowed=names
+                    )
                 for model in ("student",) if side == "student" else slot.teachers:
                     paths.setdefault(model, {})[path] = f"loss.{index}.reads.{side}.{name}"
         for teacher in slot.teachers:
@@ -231,7 +244,9 @@ def _check_path(root: nn.Module, path: str, place: str) -> None:
     if path in modules or path.removesuffix(".in") in modules:
         return
     shown = ", ".join(modules[:30]) + (f", and {len(modules) - 30} more" if len(modules) > 30 else "")
-    raise InputError(place, "no module at this path of the model", given=path, allowed=shown, hint=nearest(path, modules))
+    raise InputError(
+        place, "no module at this path of the model", given=path, allowed=shown, hint=nearest(path, modules)
+    )
 
 
 @torch.no_grad()
@@ -254,14 +269,20 @@ def _dry_run(distiller: Distiller, run: RunContext) -> None:
         raise
     except (KDError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise InputError(
-            "", f"the recipe fails on its first batch: {type(error).__name__}: {error}", hint="kd run --debug shows where"
+            "",
+            f"the recipe fails on its first batch: {type(error).__name__}: {error}",
+            hint="kd run --debug shows where",
         ) from error
     finally:
         distiller.train(was_training)
 
 
 def _aligned(student: Outputs, teacher: Outputs, parts: Parts, name: str) -> None:
-    reading = [s for s in parts.losses if name in s.teachers and {"student.logits", "teacher.logits"} <= set(s.loss.wants())]
+    reading = [
+        s
+        for s in parts.losses
+        if name in s.teachers and {"student.logits", "teacher.logits"} <= set(s.loss.wants())
+    ]
     if any(not getattr(s.loss, "any_classes", False) for s in reading):
         check_alignment(student, teacher, f"teacher.{name}")
 
@@ -290,15 +311,23 @@ def _owns(component: Kind) -> bool:
     return component.own_optimizer is not None
 
 
-def optimizer_of(table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str) -> torch.optim.Optimizer:
+def optimizer_of(
+    table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str
+) -> torch.optim.Optimizer:
     """A torch optimiser by name, its options checked against its signature."""
     use = table.use if isinstance(table, Use) else table["use"]
     options = table.params if isinstance(table, Use) else {k: v for k, v in table.items() if k != "use"}
-    known = {n: v for n, v in vars(torch.optim).items() if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)}
+    known = {
+        n: v
+        for n, v in vars(torch.optim).items()
+        if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)
+    }
     if use not in known or use == "Optimizer":
         from kdcore.errors import nearest
 
-        raise InputError(f"{place}.use", "no such optimiser in torch.optim", given=use, hint=nearest(use, known))
+        raise InputError(
+            f"{place}.use", "no such optimiser in torch.optim", given=use, hint=nearest(use, known)
+        )
     schema = schema_of(known[use], use)
     schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
     checked = _numbers(schema.validate({k: _float(v) for k, v in options.items()}, place))
@@ -314,7 +343,11 @@ def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.o
     for name, component in parts.components():
         if component.own_optimizer is None:
             if name in tables:
-                raise InputError(f"{name}.optimizer", "this component is trained by the run's optimiser", hint="take it out")
+                raise InputError(
+                    f"{name}.optimizer",
+                    "this component is trained by the run's optimiser",
+                    hint="take it out",
+                )
             continue
         params = [p for p in component.parameters() if p.requires_grad]
         if params:

@@ -1,10 +1,10 @@
-"""The command line. Listing and help import no torch; an input error is one screen, exit code 2, no traceback."""
+"""The command line. Listing and help import no torch; an input error is one screen with exit code 2."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def resume(folder: Path, quiet: bool) -> None:
 )
 @click.option("--quiet", is_flag=True)
 def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **options: Any) -> None:
-    """Compare arms of RECIPE fairly: same data, seeds, budget; no-distillation and plain KD always beside them."""
+    """Compare arms of RECIPE fairly: same data, seeds, budget; no distillation and plain KD beside them."""
     from kdcore import api
 
     report = api.compare(recipe, arms=list(arms), overrides=list(overrides), **options)
@@ -188,8 +188,7 @@ def show(name: str, kind: str | None) -> None:
     if not found and catalog.method(slug) is None:
         registry.find(kind or "loss", name, "name")
     if not found and not any(e.name == slug for e in registry.entries):
-        entry = catalog.method(slug) or {}
-        click.echo(f"{slug} is not installed: {catalog.how_to_get(entry)}\n")
+        click.echo(f"{slug} is not installed: {catalog.how_to_get(catalog.methods()[slug])}\n")
     for each in found:
         _describe(*each)
     parts = [
@@ -339,7 +338,7 @@ def _show(path: Path) -> None:
     Console().print(Markdown(text))
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
     for row in rows:
         click.echo("  ".join([*(v.ljust(w) for v, w in zip(row, widths, strict=False)), row[-1]]).rstrip())
@@ -353,7 +352,7 @@ def _describe(kind: str, entry: Any, component: Any) -> None:
     click.echo("".join(f"  {line}\n" for line in found.doc.splitlines()))
     for parameter in found.params.values():
         click.echo(f"  {parameter}")
-    reads = getattr(target, "reads", None) or [t for t in found.tensors]
+    reads = getattr(target, "reads", None) or list(found.tensors)
     click.echo(f"  reads: {', '.join(reads) or 'nothing'}\n")
 
 

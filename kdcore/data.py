@@ -34,7 +34,7 @@ class Key(NamedTuple):
 
     stream: str
     cycle: int
-    index: int
+    index: int  # type: ignore[assignment] # hides tuple.index, which no key needs
 
 
 class Keyed(Dataset[Any]):

@@ -72,9 +72,11 @@ def digits(
             "data.args.labels", "more than there are", given=labels, allowed=f"1 to {len(train)}"
         )
     chosen = train[:labels]
-    sets = [TensorSet(ids, input=images[ids], target=target[ids]) for ids in (chosen, middle, last)]
+    made = [TensorSet(ids, input=images[ids], target=target[ids]) for ids in (chosen, middle, last)]
     return Data(
-        *sets,
+        train=made[0],
+        val=made[1],
+        test=made[2],
         classes=10,
         labels=[str(i) for i in range(10)],
         preprocessing=[

@@ -202,9 +202,9 @@ class FunctionLoss(Loss):
         if self.tensors[: len(sides)] != sides:
             raise InputError("loss", f"a loss on hidden states must begin with {sides}", given=self.tensors)
         rest = {name: _bound(name, student, teacher, batch) for name in self.tensors[2:]}
-        return chunked(
-            self.function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params
-        )
+        assert student.unembed is not None
+        function: Any = self.function
+        return chunked(function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params)
 
     def extra_repr(self) -> str:
         return ", ".join([getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())])

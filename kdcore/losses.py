@@ -32,4 +32,5 @@ class TaskLoss(Loss):
     hard_term = True
 
     def forward(self, student: Outputs, teacher: Any, batch: Batch) -> Terms:
-        return self.run.task_terms(student, batch)
+        terms: Terms = self.run.task_terms(student, batch)
+        return terms

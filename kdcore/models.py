@@ -135,5 +135,5 @@ class SelfTeacher(Teacher):
         student = self.run.student
         for mine, theirs in zip(self.copy.parameters(), student.parameters(), strict=True):
             mine.lerp_(theirs.detach().to(mine.dtype), 1 - self.decay)
-        for mine, theirs in zip(self.copy.buffers(), student.buffers(), strict=True):
-            mine.copy_(theirs)
+        for kept, current in zip(self.copy.buffers(), student.buffers(), strict=True):
+            kept.copy_(current)

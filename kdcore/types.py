@@ -5,6 +5,7 @@ Nothing here imports torch at run time, so a plugin's entry-point module stays l
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -79,7 +80,9 @@ class Batch(dict[str, Any]):
     values of its own; a batch of one stream is its own only part.
     """
 
-    def __init__(self, values: Mapping[str, Any] | None = None, parts: Mapping[str, Batch] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any] | None = None, parts: Mapping[str, Batch] | None = None
+    ) -> None:
         super().__init__(values or {})
         self.parts: dict[str, Batch] = dict(parts or {})
 
@@ -132,7 +135,7 @@ class Batch(dict[str, Any]):
             cut = {name: part.chunks(size) for name, part in self.parts.items()}
             return [Batch(parts={name: c[i] for name, c in cut.items()}) for i in range(size)]
         edges = [total * i // size for i in range(size + 1)]
-        return [self._map(lambda v, a=a, b=b: v[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [self._map(lambda v, a=a, b=b: v[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 class Unembed(NamedTuple):
@@ -147,6 +150,16 @@ class Unembed(NamedTuple):
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+
+    def logits(self) -> Tensor:
+        """All of them, [..., V], float32 or wider; the product runs under the caller's autocast."""
+        import torch
+        from torch.nn.functional import linear
+
+        raw = linear(self.hidden, self.weight, self.bias)
+        z = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 class TopK(NamedTuple):
@@ -180,7 +193,9 @@ class Outputs:
             value = getattr(self, name)
         if value is None:
             have = sorted([*self.tensors, *(n for n in _FIELDS if getattr(self, n) is not None)])
-            raise KDError(f"the model gives no {name!r}; it gives {have}. {nearest(name, have) or ''}".strip())
+            raise KDError(
+                f"the model gives no {name!r}; it gives {have}. {nearest(name, have) or ''}".strip()
+            )
         return value
 
     def __contains__(self, name: str) -> bool:
@@ -209,7 +224,8 @@ class Outputs:
         return replace(self._map(lambda v: v[index]), unembed=unembed, topk=topk, rows=None)
 
     def detach(self) -> Outputs:
-        unembed = self.unembed and Unembed(*(v.detach() if hasattr(v, "detach") else v for v in self.unembed))
+        tensors = {k: v.detach() for k, v in (self.unembed._asdict() if self.unembed else {}).items() if hasattr(v, "detach")}
+        unembed = self.unembed and self.unembed._replace(**tensors)
         return replace(self._map(lambda v: v.detach() if hasattr(v, "detach") else v), unembed=unembed)
 
 

@@ -100,9 +100,9 @@ def test_steps_end_in_the_middle_of_an_epoch(tiny: dict[str, Any], tmp_path: Pat
 def test_learning_rate_schedules(
     sgd: dict[str, Any], tmp_path: Path, schedule: dict[str, Any], expected: list[float], monkeypatch: Any
 ) -> None:
-    from kdcore import engine
+    from kdcore import engine_hooks
 
-    monkeypatch.setattr(engine, "LOG_STEPS", 1)
+    monkeypatch.setattr(engine_hooks, "LOG_STEPS", 1)
     sgd["train"] |= {"schedule": schedule, "epochs": 1}
     run = kdcore.run(sgd, out=tmp_path / "run")
     rows = [r for r in read_metrics(run.folder / STUDENT / "metrics.jsonl") if "lr" in r]

@@ -1,31 +1,15 @@
 """Rows of logits: where they come from, which of them count, and what functions of them share."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcore.types import Unembed as Unembed
+
 PerRow = float | Tensor  # a number, or one per row: [...] beside logits [..., V]
 Vocabulary = Literal["same", "cut", "sort"]
-
-
-class Unembed(NamedTuple):
-    """Logits not computed yet: ``softcap(scale * (hidden @ weight.T + bias))``, softcap(z) = c tanh(z / c).
-
-    hidden ``[..., H]``, weight ``[V, H]``, bias ``[V]``; `scale` is Cohere's `logit_scale` (for Granite, 1 /
-    `logits_scaling`), `softcap` is c, Gemma's `final_logit_softcapping`.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def logits(self) -> Tensor:
-        """All of them, ``[..., V]``, float32 or wider; the product runs under the caller's autocast."""
-        return cap_and_scale(F.linear(self.hidden, self.weight, self.bias), self.softcap, self.scale)
 
 
 def cap_and_scale(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
