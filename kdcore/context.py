@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdcore import parallel
 from kdcore.data import Key, Keyed, Source, key_seed, shard
+from kdcore.errors import InputError
 from kdcore.kinds import Kind, Loss, Student, Teacher
 from kdcore.streams import renamed
 from kdcore.taps import Replace
@@ -95,24 +96,30 @@ class RunContext:
             return self._distiller.ask(name, batch, replace=replace)
 
     @torch.no_grad()
-    def preview(self, loss: Loss) -> tuple[Outputs, dict[str, Outputs]]:
-        """What ``loss`` will read, under its own names, for the small sample: the student's and each teacher's.
+    def preview(self, loss: Loss) -> tuple[Outputs, Any]:
+        """What ``loss.forward`` will be given as student and teacher for the small sample: for shapes, in ``setup``.
 
-        For shapes in ``setup``. The models are asked in eval mode and are left as they were.
+        The models are asked in eval mode and are left as they were. A loss that is called once a teacher can
+        make modules for one teacher only: several are an InputError.
         """
         distiller = self._distiller
         slot = next(slot for slot in distiller.parts.losses if slot.loss is loss)
-        sample = self.sample
-        part = sample.part((slot.streams or sample.streams)[0])
+        if len(slot.teachers) > 1 and not loss.joint:
+            raise InputError(
+                f"loss {slot.name}",
+                "fits itself to one teacher",
+                given=slot.teachers,
+                hint='a [[loss]] each, with teacher = "NAME"',
+            )
+        part = self.sample.part((slot.streams or self.sample.streams)[0])
         was_training = distiller.training
         distiller.eval()
         try:
             student = renamed(distiller.ask("student", part), slot.reads.get("student"))
-            return student, {
-                name: renamed(distiller.ask(name, part), slot.reads.get("teacher")) for name in slot.teachers
-            }
+            said = {n: renamed(distiller.ask(n, part), slot.reads.get("teacher")) for n in slot.teachers}
         finally:
             distiller.train(was_training)
+        return student, said if loss.joint else next(iter(said.values()), None)
 
     def update(self, component: Kind, loss: Tensor, clip: float | None = None) -> None:
         """One step of a component's own optimiser on ``loss``; no other parameter gets a gradient from it."""
