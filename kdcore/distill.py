@@ -192,6 +192,10 @@ class Distiller(nn.Module):
         student = joined(chunks, [each.student for each in kept])
         names = dict.fromkeys(name for each in kept for name in each.teachers)
         teachers: dict[str, Any] = {n: joined(chunks, [each.teachers[n] for each in kept]) for n in names}
+        if parallel.world() > 1 and self.router is None:  # every rank's state sees the global batch
+            student = {stream: gathered(each) for stream, each in student.items()}
+            teachers = {n: {k: gathered(o) for k, o in each.items()} for n, each in teachers.items()}
+            batch = gathered_batch(batch)
         if not batch.parts:
             teachers = {name: each["main"] for name, each in teachers.items() if each}
         self._events.after_step(

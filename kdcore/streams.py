@@ -58,8 +58,12 @@ def gathered(outputs: Outputs) -> Outputs:
     return replace(_mapped([outputs], lambda values: parallel.gather(values[0])), rows=None)
 
 
-def gathered_batch(part: Batch) -> Batch:
-    return Batch({k: parallel.gather(v) if isinstance(v, Tensor) else v for k, v in part.items()})
+def gathered_batch(batch: Batch) -> Batch:
+    """All ranks' samples; values that are no tensors stay this rank's own."""
+    return Batch(
+        {k: parallel.gather(v) if isinstance(v, Tensor) else v for k, v in batch.items()},
+        {name: gathered_batch(part) for name, part in batch.parts.items()},
+    )
 
 
 def renamed(outputs: Outputs, mapping: Mapping[str, str] | None) -> Outputs:
