@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdcore import Component, hookimpl
+from kdcore import Component, hookimpl, lazy
 
 __version__ = "0.1.0"
+__getattr__ = lazy(__name__, HFTeacher="models", HFStudent="models", text="data")
 
 
 @hookimpl

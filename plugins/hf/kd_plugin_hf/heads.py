@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdcore import functional
 from kdcore.errors import InputError
 from kdcore.types import Batch, Outputs, Unembed
 
@@ -78,18 +77,13 @@ def output_layer(module: PreTrainedModel, place: str) -> OutputLayer:
             own = module(ids, **no_cache(module)).logits
             for apart in (OutputLayer(softcap, float(scale)) for scale in scales if scale):
                 made = _unembed(module, {"input_ids": ids, **no_cache(module)}, apart)
-                if _close(dense(made), own, single=1e-3, half=5e-2):
+                if _close(made.logits(), own, single=1e-3, half=5e-2):
                     return apart
     raise InputError(
         f"{place}.unembed",
         f"{module.config.model_type} does more between its hidden states and its logits than is known here",
         hint="take unembed out: losses then read its logits",
     )
-
-
-def dense(unembed: Unembed) -> Tensor:
-    """All the logits of an output layer that was kept apart, [..., V], in float32."""
-    return functional.Unembed(*unembed).logits()
 
 
 def check_causal(module: PreTrainedModel, place: str) -> None:

@@ -14,7 +14,6 @@ from kd_plugin_hf.heads import (
     OutputLayer,
     answer,
     check_causal,
-    dense,
     next_tokens,
     no_cache,
     output_layer,
@@ -74,7 +73,7 @@ class Wrapped(Kind):
 
     def infer(self, outputs: Outputs) -> dict[str, Tensor]:
         if outputs.logits is None and outputs.unembed is not None:
-            return {"logits": dense(outputs.unembed)}
+            return {"logits": outputs.unembed.logits()}
         return {"logits": outputs["logits"]}
 
     def supervised(self, batch: Batch) -> Tensor | None:
