@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcore.errors import InputError, KDError
 from kdcore.hookspecs import hookimpl
 from kdcore.types import Batch, Component, Data, Outputs, TopK, Unembed, conventions
+
+if TYPE_CHECKING:  # the lazy names, as a type checker has them
+    from kdcore.api import build as build
+    from kdcore.api import check as check
+    from kdcore.api import compare as compare
+    from kdcore.api import export as export
+    from kdcore.api import run as run
+    from kdcore.kinds import Augmentation as Augmentation
+    from kdcore.kinds import Exporter as Exporter
+    from kdcore.kinds import Loss as Loss
+    from kdcore.kinds import Probe as Probe
+    from kdcore.kinds import Router as Router
+    from kdcore.kinds import Stage as Stage
+    from kdcore.kinds import Student as Student
+    from kdcore.kinds import Teacher as Teacher
+    from kdcore.kinds import frozen as frozen
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from kdcore import build as building
-from kdcore import parallel, plugins
+from kdcore import building, parallel, plugins
 from kdcore import recipe as recipes
 from kdcore.checkpoint import replacing, write_json
 from kdcore.errors import InputError

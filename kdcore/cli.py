@@ -289,7 +289,7 @@ def schema(component: str | None, kind: str) -> None:
 
         click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
         return
-    from kdcore.build import schema as schema_of
+    from kdcore.building import schema as schema_of
 
     _, found = schema_of(kind, component, "--component")
     click.echo(json.dumps(found.model.model_json_schema(), indent=2))
@@ -345,7 +345,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _describe(kind: str, entry: Any, component: Any) -> None:
-    from kdcore.build import schema as schema_of
+    from kdcore.building import schema as schema_of
 
     target, found = schema_of(kind, f"{entry.distribution}:{component.name}")
     click.echo(f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {component.summary}\n")

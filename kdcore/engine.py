@@ -17,7 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from kdcore import memory, parallel
-from kdcore.build import own_optimizers, trainable
+from kdcore.building import own_optimizers, trainable
 from kdcore.data import StepSampler
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
 from kdcore.errors import InputError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdcore import build
+from kdcore import building as build
 from kdcore import recipe as recipes
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 from torch.nn import SyncBatchNorm
 
-from kdcore import build, parallel
+from kdcore import building as build
+from kdcore import parallel
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source

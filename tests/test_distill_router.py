@@ -13,7 +13,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from kdcore import Batch, InputError, Loss, Outputs, Router, Student, Teacher
-from kdcore.build import trainable
+from kdcore.building import trainable
 from kdcore.context import RunContext
 from kdcore.data import Source
 from kdcore.distill import Distiller

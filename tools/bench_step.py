@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from kdcore import engine
-from kdcore.build import optimizer_of
+from kdcore.building import optimizer_of
 from kdcore.data import Source
 from kdcore.datasets import TensorSet
 from kdcore.recipe import parse
@@ -122,7 +122,7 @@ def recipe(size: dict[str, int]) -> dict[str, Any]:
 
 
 def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
-    from kdcore import build
+    from kdcore import building as build
 
     checked = parse(recipe(size))
     stage = StageRun(checked, "bench", folder)

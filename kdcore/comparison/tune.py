@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdcore import build
+from kdcore import building as build
 from kdcore.comparison.runs import Job, run_arm
 from kdcore.errors import InputError, RunError
 from kdcore.recipe import _override

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore import build, catalog, recipe
+from kdcore import building as build
+from kdcore import catalog, recipe
 from kdcore.counts import Counts
 from kdcore.kinds import Loss
 from kdcore.plugins import Entry

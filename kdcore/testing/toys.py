@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdcore import build, recipe
+from kdcore import building as build
+from kdcore import recipe
 from kdcore.datasets import TensorSet
 from kdcore.stages import StageRun
 from kdcore.types import Batch, Data, Outputs, TopK, Unembed
