@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kdcore.comparison.arms import arms_of
 from kdcore.comparison.matching import measured_differences, recipe_differences
 from kdcore.errors import InputError
@@ -111,10 +112,16 @@ def test_values_may_hold_commas(tiny: dict[str, Any]) -> None:
         ([""], "no arm can have this name"),
     ],
 )
-def test_arms_that_are_refused(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, specs: list[str], message: str) -> None:
+def test_arms_that_are_refused(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, specs: list[str], message: str
+) -> None:
     from kdcore import plugins
 
-    monkeypatch.setattr(plugins, "registry", lambda: plugins.discover([e for e in plugins._entry_points() if e.name == "kdcore"]))
+    monkeypatch.setattr(
+        plugins,
+        "registry",
+        lambda: plugins.discover([e for e in plugins._entry_points() if e.name == "kdcore"]),
+    )
     with pytest.raises(InputError) as caught:
         arms(tiny, *specs)
     assert message in str(caught.value)
@@ -152,7 +159,11 @@ def test_a_digest_sees_bits_shapes_and_types() -> None:
     digests = [digest(each) for each in [base, *others]]
     assert len(set(digests)) == len(digests)
     assert digest({"b": base, "a": near}) == digest({"a": near.clone(), "b": base.t().contiguous().t()})
-    assert digest(torch.zeros(10), limit=3) == digest(torch.zeros(10), limit=3) != digest(torch.ones(10), limit=3)
+    assert (
+        digest(torch.zeros(10), limit=3)
+        == digest(torch.zeros(10), limit=3)
+        != digest(torch.ones(10), limit=3)
+    )
 
 
 def _install_half(install: Callable[..., Entry], write_module: Callable[..., str]) -> None:

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from kdcore.comparison.stats import (
     LEVEL,
     POWER,
@@ -16,7 +18,6 @@ from kdcore.comparison.stats import (
     power,
     seeds_needed,
 )
-from scipy import stats
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])

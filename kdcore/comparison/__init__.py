@@ -213,8 +213,13 @@ class Work:
         verdicts |= {arm: f"failed, so not judged: {'; '.join(why)}" for arm, why in self.failures.items()}
         found = write(self, values, differences, scale, unmatched, verdicts)
         if self.failures:
-            count = sum(map(len, self.failures.values()))
-            raise RunError(f"{count} runs failed; what the others gave is in {self.folder / 'report.md'}")
+            (arm, (first, *_)), count = (
+                next(iter(self.failures.items())),
+                sum(map(len, self.failures.values())),
+            )
+            raise RunError(
+                f"{count} runs failed: {arm}, {first}\n  hint    {self.folder / 'report.md'} has the rest"
+            )
         return found
 
     def unmatched(self, arm: str) -> list[str]:

@@ -132,7 +132,7 @@ def _has(losses: list[Any], key: str) -> bool:
     if not number.isdigit() or int(number) >= len(losses):
         return False
     _, schema = build.schema("loss", losses[int(number)]["use"])
-    return name in LossTable.model_fields or name in schema.params or schema.open
+    return name in LossTable.model_fields or name in schema.params
 
 
 def _suggest(trial: Any, key: str, room: list[Any]) -> Any:
