@@ -111,6 +111,8 @@ def export(*args: Any, **kwargs: Any) -> Any:
 def _run(recipe: Recipe, folder: Path, progress: Progress) -> Result:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if (folder / "results.json").exists():
+        return Result(folder, json.loads((folder / "results.json").read_text("utf-8")))
     artefacts: dict[str, Any] = {}
     results: dict[str, Any] = {}
     stages = recipe.stage or [StageTable(use="distill", name="distill")]
@@ -158,6 +160,7 @@ def _finish(
     if recipe.probe:
         results["probes"] = shipping.measure_probes(recipe, folder, artefacts)
     if recipe.export is not None:
+        shutil.rmtree(folder / "artefact", ignore_errors=True)  # of a run that was killed before its results
         results["export"] = shipping.export(folder, _recipe=recipe, progress=progress)
     write_json(folder / "results.json", results)
     report.write(recipe, folder, results)
