@@ -49,14 +49,18 @@ class Benchmark(BaseModel):
         return next(row for row in self.rows if (row.backend, row.batch) == (backend, batch))
 
     def __str__(self) -> str:
-        lines = [f"{'backend':<16}{'device':<9}{'batch':>6}{'p50 ms':>10}{'p95 ms':>10}{'samples/s':>12}"]
+        heads = f"{'p50 ms':>10}{'p95 ms':>10}{'min ms':>10}{'samples/s':>12}"
+        lines = [f"{'backend':<16}{'device':<9}{'batch':>6}{heads}"]
         for row in self.rows:
-            times = f"{row.p50_ms:>10.3f}{row.p95_ms:>10.3f}{row.samples_per_second:>12.1f}"
+            times = (
+                f"{row.p50_ms:>10.3f}{row.p95_ms:>10.3f}{row.min_ms:>10.3f}{row.samples_per_second:>12.1f}"
+            )
             lines.append(f"{row.backend:<16}{row.device:<9}{row.batch:>6}{times}")
         lines += [f"{name}: not measured: {why}" for name, why in self.missing.items()]
-        nodes = ", ".join(f"{name} {sum(ops.values())} nodes" for name, ops in self.placement.items())
+        lines += [f"{name} ran {sum(found.values())} nodes" for name, found in self.placement.items()]
+        load = ", ".join(f"{value:.1f}" for value in self.load_average)
         return "\n".join(
-            [*lines, f"{self.threads} threads, {self.rounds} rounds, {self.cpu}; ran on {nodes}"]
+            [*lines, f"{self.threads} threads, {self.rounds} rounds, {self.cpu}, load average {load}"]
         )
 
 
@@ -132,7 +136,7 @@ def _measure(backends: list["_Backend"], batches: Sequence[int], rounds: int, ru
         for batch in batches:
             for backend in backends[number % len(backends) :] + backends[: number % len(backends)]:
                 backend.ask(batch, runs, warm=3 if number == 0 else 1)
-                time.sleep(0.02)  # onnxruntime's threads spin for a moment after their last call
+                time.sleep(0.1)  # onnxruntime's threads spin on for up to 50 ms after a call
 
 
 class _Backend:

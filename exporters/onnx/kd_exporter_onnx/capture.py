@@ -76,7 +76,7 @@ def capture(
 ) -> Captured:
     """Write `module` to `path`, traced on `feeds`; Refused says which construct has no fixed graph."""
     graph = Graph(module, spec)
-    shapes = tuple({i: s for i, s in enumerate(tensor.shape) if isinstance(s, str)} for tensor in spec.inputs)
+    shapes = tuple({i: s for i, s in enumerate(t.shape) if spec.is_dynamic(s)} for t in spec.inputs)
     try:
         with quiet():
             program = torch.onnx.export(

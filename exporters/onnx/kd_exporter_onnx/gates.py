@@ -36,6 +36,11 @@ def gate_pure(graph: nn.Module, feeds: tuple[Tensor, ...], names: tuple[str, ...
     before = {name: value.clone() for name, value in _state(graph)}
     first = [value.clone() for value in graph(*feeds)]
     second = graph(*feeds)
+    for name, value in zip(names, first, strict=True):
+        if value.dtype == torch.bfloat16:
+            raise Refused(
+                "pure", "it is bfloat16, which numpy and most runtimes lack: return float32", output=name
+            )
     for name, value in _state(graph):
         if name not in before or not torch.equal(_bits(before[name]), _bits(value)):
             raise Refused(
@@ -152,16 +157,22 @@ def gate_axes(model: onnx.ModelProto, spec: ExportSpec) -> Seen:
         )
     for tensor in spec.inputs:
         actual = found[tensor.name]
-        same = all(
-            a == d or (d in spec.axes and isinstance(a, str))
-            for a, d in zip(actual.shape, tensor.shape, strict=False)
-        )
-        if actual.dtype != tensor.dtype or len(actual.shape) != len(tensor.shape) or not same:
+        if actual.dtype != tensor.dtype or not _same_shape(actual, tensor, spec):
             raise Refused("axes", f"input {tensor.name!r} is {actual.words()}, declared is {tensor.words()}")
     outputs = tuple(value.name for value in model.graph.output)
     if outputs != spec.outputs:
         raise Refused("axes", f"the graph gives {list(outputs)}, declared are {list(spec.outputs)}")
     return {"inputs": {name: tensor.words() for name, tensor in found.items()}}
+
+
+def _same_shape(actual: TensorSpec, declared: TensorSpec, spec: ExportSpec) -> bool:
+    def same(found: int | str, wanted: int | str) -> bool:
+        if spec.is_dynamic(wanted):
+            return isinstance(found, str)
+        return found == (spec.axes[wanted].min if isinstance(wanted, str) else wanted)
+
+    pairs = zip(actual.shape, declared.shape, strict=False)
+    return len(actual.shape) == len(declared.shape) and all(same(*pair) for pair in pairs)
 
 
 def describe(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -14,13 +14,16 @@ CORNER_LIMIT = 1 << 28
 
 
 def export_point(spec: ExportSpec) -> Point:
-    """The sizes traced at export: 2 for the batch, the samples' own for other axes, where allowed."""
+    """The sizes traced at export: 2 for the batch, the samples' own for other axes, where allowed.
+
+    Never 1 where more is allowed: torch.export takes a size of 1 for a constant.
+    """
     point: Point = {}
     for tensor in spec.inputs:
         for position, name in enumerate(tensor.shape):
             if isinstance(name, str):
                 own = 2 if name == spec.batch_axis else spec.samples[tensor.name].shape[position]
-                point[name] = nearest(spec.axes[name], own)
+                point[name] = nearest(spec.axes[name], max(own, 2))
     return point
 
 

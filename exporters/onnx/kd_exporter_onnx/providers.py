@@ -33,8 +33,7 @@ HEAVY = frozenset(
 
 def installed(names: tuple[str, ...] = ("onnxruntime", "onnxruntime-gpu")) -> tuple[str, ...]:
     """The onnxruntime distributions in this environment; both own the same import package."""
-    found = {(d.metadata["Name"] or "").lower().replace("_", "-") for d in metadata.distributions()}
-    return tuple(name for name in names if name in found)
+    return tuple(name for name in names if any(metadata.distributions(name=name)))
 
 
 def runtime() -> Any:

@@ -159,9 +159,9 @@ class Session:
         if device == "cuda":
             torch.cuda.current_stream().synchronize()  # onnxruntime reads on a stream of its own
         self._session.run_with_iobinding(binding)
-        values = binding.get_outputs()
-        names = [spec.name for spec in self.artefact.outputs]
-        return {name: torch.from_dlpack(value) for name, value in zip(names, values, strict=True)}
+        pairs = zip(self.artefact.outputs, binding.get_outputs(), strict=True)
+        # onnxruntime hands bool over as uint8
+        return {spec.name: torch.from_dlpack(value).to(getattr(torch, spec.dtype)) for spec, value in pairs}
 
     def _named(self, inputs: Any) -> dict[str, Any]:
         if isinstance(inputs, Mapping):

@@ -95,6 +95,10 @@ class ExportSpec(BaseModel):
         """The number of evaluation samples."""
         return len(self.samples[self.inputs[0].name])
 
+    def is_dynamic(self, size: int | str) -> bool:
+        """Whether the graph must take several sizes here; an axis with one allowed size is fixed."""
+        return isinstance(size, str) and self.axes[size].min < self.axes[size].max
+
     def _check_axes(self) -> None:
         used = {size for spec in self.inputs for size in spec.shape if isinstance(size, str)}
         if used != self.axes.keys():

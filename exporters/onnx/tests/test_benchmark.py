@@ -56,3 +56,9 @@ def test_an_export_measures_itself(tmp_path: Path, flat_spec: object, students: 
     export(module, flat_spec(), tmp_path / "out")
     rows = json.loads((tmp_path / "out/benchmark.json").read_text())["rows"]
     assert {(row["backend"], row["batch"]) for row in rows} == {("onnxruntime", 1), ("torch-eager", 1)}
+
+
+@pytest.mark.slow
+def test_torch_compile_is_measured_too(shipped: Path, trained: nn.Module) -> None:
+    found = bench(shipped, trained, batches=(2,), threads=1, rounds=1, runs=1)
+    assert {row.backend for row in found.rows} == {"onnxruntime", "torch-eager", "torch-compile"}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -140,6 +140,10 @@ def test_fully_masked_positions_are_named_and_can_be_left_out(tmp_path: Path) ->
     assert caught.value.gate == "parity"
     where = {"logits": "attention_mask"}
     spec = lm_spec("left", raw_samples=None, preprocessing=[], compare_where=where)
+    inputs = {name: torch.from_numpy(value) for name, value in spec.samples.items()}
+    with torch.no_grad():
+        rule = {"logits": module(**inputs).logits.numpy()}
+    spec = lm_spec("left", raw_samples=None, preprocessing=[], compare_where=where, rule=rule)
     report = export(module, spec, tmp_path / "lm", benchmark="none")
     assert report.parity.worst().difference < 1e-5
     assert report.artefact.compare_where == where
@@ -204,9 +208,10 @@ def test_large_models_keep_their_weights_in_a_second_file(
 def test_the_same_student_gives_the_same_file(
     tmp_path: Path, flat_spec: Spec, students: SimpleNamespace
 ) -> None:
-    module = students.Function(torch.relu).eval()
-    reports = [export(module, flat_spec(), tmp_path / name, benchmark="none") for name in "ab"]
-    assert len({report.artefact.files["model.onnx"] for report in reports}) == 1
+    module, spec = students.Function(torch.relu).eval(), flat_spec()
+    feeds = {"x": torch.from_numpy(spec.samples["x"][:2])}
+    files = [capture.capture(module, spec, feeds, 20, tmp_path / name).path for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_refusal_leaves_what_was_there(tmp_path: Path, flat_spec: Spec, students: SimpleNamespace) -> None:
@@ -235,6 +240,36 @@ def test_an_absent_provider_ships_as_verified_on_the_cpu_only(
     assert "Not verified on cuda" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_batch_of_one_is_fixed_and_a_length_of_one_is_not(tmp_path: Path) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cumsum(1)
+
+    spec = ExportSpec(
+        inputs=[{"name": "x", "dtype": "float32", "shape": ("batch", "length")}],
+        outputs=("y",),
+        axes={"batch": {"max": 1}, "length": {"max": 6}},
+        samples={"x": np.arange(3, dtype=np.float32)[:, None]},  # of length 1
+    )
+    export(Sums().eval(), spec, tmp_path / "out", benchmark="none")
+    session = load(tmp_path / "out")
+    assert session(np.ones((1, 5), np.float32))["y"].tolist() == [[1, 2, 3, 4, 5]]
+    with pytest.raises(ValueError, match="batch is 2, allowed is 1 to 1"):
+        session(np.ones((2, 5), np.float32))
+
+
+def test_a_fixed_batch(tmp_path: Path, students: SimpleNamespace) -> None:
+    spec = ExportSpec(
+        inputs=[{"name": "x", "dtype": "float32", "shape": (4, 8)}],
+        outputs=("y",),
+        samples={"x": np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)},
+        metric=lambda outputs, _: float(len(outputs["y"])),
+    )
+    report = export(students.Function(torch.relu).eval(), spec, tmp_path / "out", benchmark="none")
+    assert report.parity.metric.served == 6
+    assert "max_batch_size: 0" in (tmp_path / "out/triton/student/config.pbtxt").read_text()
+
+
 @pytest.mark.parametrize("opset", [18, 23])
 def test_other_opsets(opset: int, tmp_path: Path, flat_spec: Spec, students: SimpleNamespace) -> None:
     module = students.Function(torch.nn.functional.gelu).eval()
@@ -243,21 +278,35 @@ def test_other_opsets(opset: int, tmp_path: Path, flat_spec: Spec, students: Sim
     assert onnx.load(tmp_path / "out/model.onnx").opset_import[0].version == opset
 
 
-def test_outputs_by_order_and_by_name(tmp_path: Path, flat_spec: Spec) -> None:
-    class Two(nn.Linear):
-        def forward(self, x: torch.Tensor) -> Any:
-            y = super().forward(x)
-            return {"score": y.sum(-1), "best": y.argmax(-1)} if self.named else (y.sum(-1), y.argmax(-1))
+class Pair(NamedTuple):
+    best: torch.Tensor
+    score: torch.Tensor
 
-    for named in (True, False):
-        module = Two(8, 3).eval()
-        module.named = named
-        export(module, flat_spec(outputs=("score", "best")), tmp_path / str(named), benchmark="none")
-        outputs = load(tmp_path / str(named))(flat_spec().samples["x"][:4])
-        assert [outputs[name].dtype.kind for name in ("score", "best")] == ["f", "i"]
-    module.named = True
-    with pytest.raises(SpecError, match=r"a mapping of \['best', 'score'\].*outputs \['logits'\]"):
-        export(module, flat_spec(outputs=("logits",)), tmp_path / "wrong", benchmark="none")
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "named tuple", "object"])
+def test_outputs_by_order_or_by_name(form: str) -> None:
+    score, best = torch.zeros(1), torch.ones(1)
+    returned = {
+        "tuple": (score, best),
+        "mapping": {"best": best, "score": score, "other": None},
+        "named tuple": Pair(best, score),
+        "object": SimpleNamespace(best=best, score=score),
+    }
+    assert [x.item() for x in capture.select(returned[form], ("score", "best"))] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        ({"best": torch.ones(1)}, r"a mapping of \['best'\]"),
+        ((torch.ones(1),) * 3, "3 values"),
+        (torch.ones(1), "one tensor"),
+        (SimpleNamespace(best=1), "a SimpleNamespace"),
+    ],
+)
+def test_outputs_that_are_not_there(returned: Any, words: str) -> None:
+    with pytest.raises(SpecError, match=rf"forward returned {words}, which does not give the outputs"):
+        capture.select(returned, ("score", "best"))
 
 
 @pytest.mark.parametrize(

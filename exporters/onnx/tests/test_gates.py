@@ -59,6 +59,11 @@ def test_pure_refuses_a_forward_that_counts(refuse: Any, flat_spec: Spec) -> Non
     assert "changes 'calls'" in str(refuse("pure", Counting().eval(), flat_spec()))
 
 
+def test_pure_refuses_bfloat16_outputs(refuse: Any, flat_spec: Spec, students: SimpleNamespace) -> None:
+    module = students.Function(lambda y: y.bfloat16()).eval()
+    assert "return float32" in str(refuse("pure", module, flat_spec()))
+
+
 def test_capture_refuses_a_branch_on_values_in_words(
     refuse: Any, flat_spec: Spec, students: SimpleNamespace
 ) -> None:

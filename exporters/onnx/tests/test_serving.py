@@ -15,6 +15,7 @@ from kd_exporter_onnx import (
     ArtefactError,
     InputError,
     NoRuntimeError,
+    export,
     load,
     providers,
     records,
@@ -111,12 +112,21 @@ def test_torch_in_torch_out(shipped: Path, digits: SimpleNamespace) -> None:
     np.testing.assert_allclose(graph.numpy(), numpy_out, atol=1e-5)
 
 
-def test_io_binding_gives_the_same(shipped: Path, digits: SimpleNamespace) -> None:
+def test_io_binding_gives_the_same(tmp_path: Path, flat_spec: Any) -> None:
     """The path of CUDA tensors, on the device that is here."""
-    session = load(shipped)
-    feeds = {"image": torch.from_numpy(digits.x[:5])}
-    bound = session._run_bound(torch, feeds, device="cpu")["logits"]
-    np.testing.assert_array_equal(bound.numpy(), session.run_graph(feeds)["logits"].numpy())
+
+    class Three(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = super().forward(x)
+            return y, y.argmax(-1), y > 0
+
+    outputs = ("score", "best", "positive")
+    export(Three(8, 3).eval(), flat_spec(outputs=outputs), tmp_path / "out", benchmark="none")
+    session = load(tmp_path / "out")
+    feeds = {"x": torch.from_numpy(flat_spec().samples["x"][:10])[::2]}
+    bound, plain = session._run_bound(torch, feeds, device="cpu"), session.run_graph(feeds)
+    assert [bound[name].dtype for name in outputs] == [torch.float32, torch.int64, torch.bool]
+    assert all(torch.equal(bound[name], plain[name]) for name in outputs)
 
 
 @pytest.mark.parametrize(
