@@ -50,7 +50,7 @@ class Page:
         self._markdown.append("| " + " | ".join(map(str, head)) + " |")
         self._markdown.append("|" + " --- |" * len(head))
         self._markdown += ["| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in shown] + [""]
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row) + "</tr>" for row in shown)
+        body = "".join(f"<tr>{''.join(map(_td, row))}</tr>" for row in shown)
         self._html.append(f"<table><tr>{''.join(f'<th>{html.escape(str(h))}</th>' for h in head)}</tr>{body}</table>")
 
     def image(self, name: str, png: bytes) -> None:
@@ -70,6 +70,11 @@ class Page:
         for suffix, text in (("md", self.markdown), ("html", page)):
             with replacing(folder / f"{stem}.{suffix}") as draft:
                 draft.write_text(text, "utf-8")
+
+
+def _td(text: str) -> str:
+    """A table's cell; numbers are aligned at the right."""
+    return f"<td{' class=n' if text[:1] in '+-0123456789' and text else ''}>{html.escape(text)}</td>"
 
 
 def cell(value: Any) -> str:
@@ -95,7 +100,7 @@ def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> Page:
         _curves(page, folder)
         _guards(page, results["student"].get("guards", {}))
         if results.get("conventions"):
-            _conventions(page, results["conventions"])
+            conventions(page, results["conventions"])
     for name, value in results.get("probes", {}).items():
         page.heading(f"Probe: {name}")
         page.table(("what", "value"), value.items() if isinstance(value, Mapping) else [(name, value)])
@@ -148,7 +153,7 @@ def _guards(page: Page, guards: Mapping[str, Any]) -> None:
     page.text("Frozen teachers: in eval mode and unchanged from the first step to the last (version counters).")
 
 
-def _conventions(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
+def conventions(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
     page.heading("Loss conventions")
     page.text("Sum over classes, mean over samples (tokens: over all supervised positions of the global batch).")
     page.table([key.replace("_", " ") for key in rows[0]], [list(row.values()) for row in rows])

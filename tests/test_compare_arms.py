@@ -141,6 +141,12 @@ def test_only_the_method_may_differ(tiny: dict[str, Any]) -> None:
     assert against({"task": {"label_smoothing": 0.1}}) == ["task.label_smoothing: 0.0 -> 0.1"]
 
 
+def test_a_stages_own_losses_are_the_method_too(tiny: dict[str, Any]) -> None:
+    staged = {**tiny, "stage": [{"use": "distill", "loss": [{"use": "task"}], "train": {"epochs": 5}}]}
+    plain = {**tiny, "stage": [{"use": "distill", "train": {"epochs": 6}}]}
+    assert recipe_differences(parse(plain), parse(staged)) == ["stage.0.train.epochs: 5 -> 6"]
+
+
 def test_what_was_measured_is_told_in_words() -> None:
     mine = {"student": "a", "ids": ["1", "2"], "batch": "b", "teachers": {"main": "t"}, "steps": 8}
     assert measured_differences([mine, mine], [mine, mine]) == []

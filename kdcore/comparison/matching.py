@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,13 @@ MEASURED = {
 def recipe_differences(ours: Recipe, theirs: Recipe, leave: Iterable[str] = ()) -> list[str]:
     """Where two recipes differ outside the method and the keys in ``leave``, as ``key: theirs -> ours``."""
     left = (*METHOD, *leave)
+
+    def apart(key: str) -> bool:
+        bare = re.sub(r"^stage\.\d+\.", "", key)  # a stage's own tables are laid over the recipe's
+        return any(f"{bare}.".startswith(f"{each}.") for each in left)
+
     rows = _rows(theirs.model_dump(exclude=APART), ours.model_dump(exclude=APART))
-    return [
-        f"{k}: {old!r} -> {new!r}"
-        for k, old, new in rows
-        if not any(f"{k}.".startswith(f"{x}.") for x in left)
-    ]
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in rows if not apart(key)]
 
 
 def measured_differences(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[str]:

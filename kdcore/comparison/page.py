@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdcore.checkpoint import replacing, write_json
 from kdcore.comparison.stats import Difference, Pair
 from kdcore.comparison.verdicts import Scale, p_value
-from kdcore.report import Page
+from kdcore.report import Page, conventions
 
 if TYPE_CHECKING:
     from kdcore.comparison import Comparison, Work
@@ -32,9 +33,6 @@ MATCHED = (
     "steps."
 )
 SEARCH = "As many trials for every arm, on the validation split alone and with a seed of their own."
-CONVENTIONS = (
-    "Sum over classes, mean over samples (tokens: over all supervised positions of the global batch)."
-)
 
 
 def write(
@@ -94,7 +92,7 @@ def _row(
         "mean": statistics.fmean(values),
         "sd": statistics.stdev(values),
         "values": list(values),
-        **{f"vs {theirs}": dataclasses.asdict(d) for (ours, theirs), d in differences.items() if ours == arm},
+        **{f"vs {theirs}": _numbers(d) for (ours, theirs), d in differences.items() if ours == arm},
         "seconds": statistics.fmean(run["seconds"] for run in runs),
         "peak_memory": max(run["peak_memory"] or 0 for run in runs),
         "parameters": runs[0]["parameters"].get("student"),
@@ -103,12 +101,16 @@ def _row(
     }
 
 
+def _numbers(d: Difference) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in dataclasses.asdict(d).items()}
+
+
 def _results(
     page: Page, table: Sequence[Mapping[str, Any]], differences: Mapping[Pair, Difference], scale: Scale
 ) -> None:
     page.heading("Results")
     references = list(dict.fromkeys(reference for _, reference in differences))
-    against = [f"difference to {reference} [95 %], corrected p" for reference in references]
+    against = [f"vs {reference} [95 %], p" for reference in references]
     head = (
         "arm",
         f"{scale.metric}{scale.unit}",
@@ -172,9 +174,7 @@ def _details(page: Page, work: Work) -> None:
     firsts = {arm: next(iter(runs.values())) for arm, runs in work.outcomes.items()}
     losses = [{"arm": arm, **row} for arm, run in firsts.items() for row in run["conventions"]]
     if losses:
-        page.heading("Loss conventions")
-        page.text(CONVENTIONS)
-        page.table([key.replace("_", " ") for key in losses[0]], [list(row.values()) for row in losses])
+        conventions(page, losses)
     warnings = [
         f"{arm}: {w}" for arm, runs in work.outcomes.items() for run in runs.values() for w in run["warnings"]
     ]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdcore import building as build
+from kdcore import building
 from kdcore.comparison.runs import Job, run_arm
 from kdcore.errors import InputError, RunError
 from kdcore.recipe import _override
@@ -131,7 +131,7 @@ def _has(losses: list[Any], key: str) -> bool:
         return True
     if not number.isdigit() or int(number) >= len(losses):
         return False
-    _, schema = build.schema("loss", losses[int(number)]["use"])
+    _, schema = building.schema("loss", losses[int(number)]["use"])
     return name in LossTable.model_fields or name in schema.params
 
 
