@@ -147,6 +147,12 @@ class RunContext:
         """The task's hard loss of these outputs: the student's own, or else the recipe's task's."""
         return self._distiller.hard_terms(outputs, batch)
 
+    def value_of(self, component: Kind) -> float:
+        """The value that a loss's terms had in the last step, over the global batch, before its weight."""
+        slot = self._distiller.name_of(component).partition(".")[2]
+        mine = [v for name, v in self.terms.items() if name == slot or name.startswith(f"{slot}.")]
+        return parallel.total(sum(float(value) for value in mine), self.device)
+
     def rng(self, key: str, *, shared: bool = True) -> torch.Generator:
         """A CPU generator keyed by (seed, step, key); equal on all ranks unless ``shared`` is False."""
         rank = 0 if shared else parallel.rank() + 1
