@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ SAMPLES = 256
 
 
 def load_run(folder: Path) -> tuple[Recipe, StageRun]:
-    """The recipe and the last stage's view of a run folder."""
+    """The recipe and the last stage's view of a run folder, with the artefacts that its stages left."""
     lock = folder / "recipe.lock.toml"
     if not lock.exists():
         raise InputError(str(folder), "no run folder: it has no recipe.lock.toml")
@@ -36,7 +37,12 @@ def load_run(folder: Path) -> tuple[Recipe, StageRun]:
         return recipe, StageRun(recipe, "distill", folder / "stages" / "distill")
     name = recipes.stage_name(stages[-1], len(stages) - 1)
     view = recipes.parse_stage(recipe, stages[-1], f"stage.{len(stages) - 1}")
-    return recipe, StageRun(view, name, folder / "stages" / name)
+    return recipe, StageRun(view, name, folder / "stages" / name, _artefacts(folder))
+
+
+def _artefacts(folder: Path) -> dict[str, Any]:
+    left = {path.parent.name: json.loads(path.read_text("utf-8")) for path in folder.glob("stages/*/artefacts.json")}
+    return {f"{stage}.{key}": value for stage, each in left.items() for key, value in each.items()}
 
 
 def load_student(folder: Path) -> tuple[Student, StageRun]:
