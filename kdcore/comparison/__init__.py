@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from kdcore import api
 from kdcore import recipe as recipes
 from kdcore.checkpoint import write_json
@@ -63,8 +65,8 @@ def compare(
     if seeds < 2:
         raise InputError("--seeds", "a paired test needs two at least", given=seeds)
     source = recipes.read(where, overrides)
-    trees, own = arms_of(source, arms)
-    first, task = int(trees[own].get("seed", 0)), recipes.parse(trees[own]).task
+    recipe = recipes.check(source)
+    (trees, own), first, task = arms_of(source, arms), recipe.seed, recipe.task
     metrics = DEFAULT_METRICS[task.use] if task.metrics is None else task.metrics
     if not metrics:
         raise InputError("task.metrics", "a comparison needs a metric", hint="the first one decides")
@@ -75,10 +77,13 @@ def compare(
     work.check()
     rooms = tuning.spaces(trees, space) if tune else {}
     work.join({"tune": tune, "space": rooms, "teacher": teacher})
+    threads = torch.get_num_threads()
     try:
         work.run(tune, rooms)
     except Interrupted as stop:
         raise Interrupted(f"{stop}\nthe same command with --out {folder} goes on") from None
+    finally:
+        torch.set_num_threads(threads)
     return work.report(detect)
 
 
