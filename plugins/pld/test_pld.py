@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kdcore
 from kdcore import InputError
-from kdcore.api import build
 
 SEEDS = range(5)
 
@@ -220,11 +219,11 @@ def test_soft_labels_are_refused() -> None:
 
 
 def test_component() -> None:
-    loss = build("loss", "pld", temperature=4.0)
+    loss = kdcore.build("loss", "pld", temperature=4.0)
     assert loss.wants() == ("student.logits", "teacher.logits")
     assert (loss.hard_term, loss.t_squared) == (True, False)
     with pytest.raises(InputError, match="out of range"):
-        build("loss", "pld", temperature=0.0)
+        kdcore.build("loss", "pld", temperature=0.0)
 
 
 def test_recipe_trains_with_the_one_term(tmp_path: Path) -> None:

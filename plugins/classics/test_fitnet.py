@@ -1,0 +1,139 @@
+"""FitNet: the hint loss in its three normalisations, the regressor's geometry, and the component in a run.
+
+Numbers: HobbitLong/RepDistiller at b84f547c, distiller_zoo/FitNet.py and models/util.py (ConvReg), run once in
+float64. ``released`` follows costs/HintCost.py of adri-romsor/FitNets at 0f633b1b, which was read, not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kd_plugin_classics.fitnet import hint_loss, regressor
+from torch import Tensor, nn
+
+import kdcore
+from kdcore import InputError
+from kdcore.building import trainable
+from kdcore.distill import Distiller
+
+Wave = Callable[..., Tensor]
+SetUp = Callable[..., Distiller]
+TABLE = {
+    "use": "classics.fitnet",
+    "reads": {"student": {"feature": "body.0"}, "teacher": {"feature": "body.0"}},
+}
+# fmt: off
+GRADIENT = [
+    -0.04964059612, 0.04785910639, 0.0373078314, -0.05747292373, -0.02249769181, 0.06327033118,
+    0.006193624161, -0.06486635992, 0.01052172252, 0.06215502789, -0.02653838879, -0.05531637732,
+    0.04079281012, 0.04480451934, -0.05233844139, -0.03131747931, 0.06040861096, 0.01575084545,
+    -0.06446743039, 0.0008617014825, 0.06424537941, -0.01741702832, -0.059757203, 0.03281580153,
+]
+# fmt: on
+
+
+def test_repdistiller_value_and_gradient(wave: Wave) -> None:
+    s = wave(2, 3, 2, 2, phase=0.3).requires_grad_()
+    loss = hint_loss(s, wave(2, 3, 2, 2, phase=1.1), variant="repdistiller").mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(0.302804526379, rel=1e-10)
+    torch.testing.assert_close(
+        s.grad.flatten(), torch.tensor(GRADIENT, dtype=torch.float64), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_variants_by_hand() -> None:
+    """One sample of two channels and two positions; differences 1, 2, 3, 4."""
+    guided, hint = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]), torch.zeros(1, 2, 1, 2)
+    assert hint_loss(guided, hint).tolist() == [(1 + 4 + 9 + 16) / 2]
+    assert hint_loss(guided, hint, variant="released").tolist() == [((1 + 9) / 2 + (4 + 16) / 2) / 2]
+    assert hint_loss(guided, hint, variant="repdistiller").tolist() == [30 / 4]
+
+
+def test_vectors_have_one_position() -> None:
+    guided, hint = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+    assert hint_loss(guided, hint).tolist() == hint_loss(guided, hint, variant="released").tolist() == [5.0]
+
+
+def test_no_gradient_to_the_teacher() -> None:
+    s, t = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+    hint_loss(s, t).sum().backward()
+    assert t.grad is None
+
+
+REPDISTILLER = [  # size of the student's map, of the teacher's, what ConvReg makes of 3 to 5 channels
+    (4, 4, "Conv2d(3, 5, kernel_size=(1, 1), stride=(1, 1))"),
+    (4, 2, "Conv2d(3, 5, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))"),
+    (4, 8, "ConvTranspose2d(3, 5, kernel_size=(4, 4), stride=(2, 2), padding=(1, 1))"),
+    (6, 4, "Conv2d(3, 5, kernel_size=(3, 3), stride=(1, 1))"),
+]
+
+
+@pytest.mark.parametrize("mine, theirs, layer", REPDISTILLER)
+def test_repdistillers_regressor(mine: int, theirs: int, layer: str) -> None:
+    made = regressor((1, 3, mine, mine), (1, 5, theirs, theirs), "repdistiller")
+    assert [type(m) for m in made][1:] == [nn.BatchNorm2d, nn.ReLU]
+    assert repr(made[0]) == layer
+    assert made(torch.zeros(2, 3, mine, mine)).shape == (2, 5, theirs, theirs)
+
+
+def test_papers_regressor_has_no_padding() -> None:
+    made = regressor((1, 3, 6, 4), (1, 5, 3, 4))
+    assert repr(made[0]) == "Conv2d(3, 5, kernel_size=(4, 1), stride=(1, 1))"
+    assert isinstance(made[1], nn.ReLU)
+    assert len(regressor((1, 3), (1, 5), relu=False)) == 1
+
+
+@pytest.mark.parametrize(
+    "mine, theirs", [((1, 3, 2, 2), (1, 5, 4, 4)), ((1, 3), (1, 5, 4, 4)), ((1, 3, 4), (1, 3, 4))]
+)
+def test_layers_that_do_not_fit(mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="classics"):
+        regressor(mine, theirs)
+
+
+@pytest.mark.parametrize("variant", ["paper", "repdistiller"])
+def test_setup_makes_a_trained_regressor_that_is_not_shipped(set_up: SetUp, variant: str) -> None:
+    distiller = set_up({**TABLE, "variant": variant})
+    loss: Any = distiller.parts.losses[0].loss
+    assert loss.regressor[0].weight.shape == (6, 4, 1, 1)
+    trained = {id(p) for p in trainable(distiller)}
+    assert {id(p) for p in loss.parameters()} <= trained
+    shipped = distiller.student.parameters_to_ship()
+    assert not [name for name in shipped if "regressor" in name]
+    assert loss.couples_batch == (variant == "repdistiller")
+
+
+def test_setup_leaves_the_students_statistics(set_up: SetUp) -> None:
+    """Shapes are asked for in eval mode: no batch norm of the student has seen a batch."""
+    counts = [v for k, v in set_up(TABLE).student.state_dict().items() if k.endswith("num_batches_tracked")]
+    assert counts
+    assert not any(counts)
+
+
+def test_two_stages_of_the_paper(tmp_path: Path) -> None:
+    """First the hint alone, then distillation of the student that it left: what the README shows."""
+    net = {"use": "module", "model": "kdcore.zoo:conv_net"}
+    recipe = {
+        "data": {"source": "kdcore.datasets:digits", "args": {"labels": 40}, "batch_size": 20},
+        "teacher": {"main": {**net, "args": {"width": 4}, "train": {"epochs": 1}}},
+        "student": {**net, "args": {"width": 2}},
+        "train": {"epochs": 1},
+        "stage": [
+            {"use": "distill", "name": "hint", "task": {"weight": 0.0}, "loss": [TABLE]},
+            {
+                "use": "distill",
+                "name": "distil",
+                "student": {"checkpoint": "@hint.student"},
+                "loss": [{"use": "kd", "temperature": 4.0}],
+            },
+        ],
+    }
+    stages = kdcore.run(recipe, out=tmp_path / "run").folder / "stages"
+    assert (stages / "hint" / "student.safetensors").exists()
+    guards = kdcore.run(recipe, out=tmp_path / "run", resume=True).results["student"]["guards"]["terms"]
+    assert [term["term"] for term in guards] == ["kd", "task"]
