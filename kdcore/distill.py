@@ -46,6 +46,10 @@ class Pass:
     weights: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
+    def heard(self, streams: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The streams that are asked for; all for None, and the only one of a batch without streams for any name."""
+        return streams if streams and self.batch.parts else tuple(self.student)
+
     def add(self, name: str, weight: float, value: Tensor) -> None:
         """Another stream or teacher of a term that is there is added to it, under the first one's weight."""
         if name in self.terms:
@@ -235,7 +239,7 @@ class Distiller(nn.Module):
         for stream, outputs in now.student.items():
             part = now.batch.part(stream)
             plan = self.router.plan(part, outputs) if self.router is not None else None
-            for name in (n for n in self.parts.needs if self._wanted(n, stream)):
+            for name in (n for n in self.parts.needs if self._wanted(n, stream, now)):
                 rows = (
                     None
                     if plan is None or not self._routes(name)
@@ -257,8 +261,9 @@ class Distiller(nn.Module):
     def _column(self, table: Tensor, teacher: str) -> Tensor:
         return table[:, self.parts.routed.index(teacher)]
 
-    def _wanted(self, teacher: str, stream: str) -> bool:
-        return self._routes(teacher) or any(slot.listens(teacher, stream) for slot in self.parts.losses)
+    def _wanted(self, teacher: str, stream: str, now: Pass) -> bool:
+        hearing = (slot.streams for slot in self.parts.losses if teacher in slot.teachers)
+        return self._routes(teacher) or any(stream in now.heard(streams) for streams in hearing)
 
     def _asked(self, name: str, part: Batch, rows: Tensor | None) -> Outputs:
         taps, needs = self.parts.taps.get(name), self.parts.needs[name]
@@ -269,7 +274,7 @@ class Distiller(nn.Module):
 
     def _loss(self, slot: Slot, weight: float, now: Pass) -> None:
         if not slot.loss.all_streams:
-            for stream in slot.streams or tuple(now.student):
+            for stream in now.heard(slot.streams):
                 self._loss_of(stream, slot, weight, now)
             return
         mine, theirs = slot.reads.get("student"), slot.reads.get("teacher")
@@ -321,7 +326,7 @@ class Distiller(nn.Module):
             now.add(name, weight, reduced)
 
     def _hard(self, now: Pass) -> None:
-        for stream in self.parts.task_streams or tuple(now.student):
+        for stream in now.heard(self.parts.task_streams):
             part, outputs = now.batch.part(stream), now.student[stream]
             value = self.hard_terms(outputs, part)
             if value is None:

@@ -27,9 +27,6 @@ class Slot:
     def weight_at(self, progress: float) -> float:
         return self.weight.at(progress) if isinstance(self.weight, Ramp) else self.weight
 
-    def listens(self, teacher: str, stream: str) -> bool:
-        return teacher in self.teachers and (self.streams is None or stream in self.streams)
-
 
 @dataclass
 class Parts:

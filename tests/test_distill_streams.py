@@ -256,6 +256,13 @@ def test_the_named_stream_ends_the_epoch_and_the_other_cycles() -> None:
     assert sorted(epoch) == list(range(12))
 
 
+def test_a_batch_without_streams_answers_to_any_name(make: Make, batch: Batch) -> None:
+    named, plain = make(kd(("labelled",)), task_streams=("labelled",)), make(kd())
+    part = batch.part("labelled")  # what a teacher of the same recipe trains on
+    ours, theirs = named.terms(part), plain.terms(part)
+    assert {n: v.item() for n, (_, v) in ours.items()} == {n: v.item() for n, (_, v) in theirs.items()}
+
+
 def test_an_unknown_stream_is_named(make: Make, batch: Batch) -> None:
     with pytest.raises(Exception, match=r"no stream 'others'; it has \['labelled', 'unlabelled'\]"):
         make(kd(("others",))).terms(batch)
