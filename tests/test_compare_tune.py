@@ -63,7 +63,20 @@ def test_what_stands_in_for_test_is_val() -> None:
     assert not set(hidden.test.values["id"].tolist()) & set(whole.test.values["id"].tolist())
 
 
+def test_what_is_laid_over_the_data_is_hidden_too(tiny: dict[str, Any]) -> None:
+    tiny["teacher"]["main"]["data"] = {"args": {"labels": 200}, "batch_size": 8}
+    tiny["stage"] = [{"use": "distill", "data": {"source": "other:data"}}]
+    out = hide_test(tiny)
+    wrapper = "kdcore.comparison.runs:without_test"
+    inner = {"source": "kdcore.datasets:digits", "args": {"labels": 100, "flat": True}}
+    assert out["data"] == {"source": wrapper, "args": inner, "batch_size": 32}
+    assert out["teacher"]["main"]["data"] == {"args": {"args": {"labels": 200}}, "batch_size": 8}
+    assert out["stage"][0]["data"] == {"source": wrapper, "args": {"source": "other:data"}}
+    assert hide_test({"data": {"use": "ids", "count": 4}}) == {"data": {"use": "ids", "count": 4}}
+
+
 def test_every_arm_gets_the_same_trials_and_its_best_values(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["teacher"]["main"]["data"] = {"args": {"labels": 200}}
     tiny["train"] = {"epochs": 4, "optimizer": {"use": "AdamW", "lr": 1e-7}}  # whatever is tried is better
     found = kdcore.compare(
         tiny, seeds=2, tune=2, space=["train.optimizer.lr=[0.03, 0.04]"], out=tmp_path / "c"

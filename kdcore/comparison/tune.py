@@ -93,12 +93,28 @@ def changed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def hide_test(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree with its data behind ``without_test``."""
-    data = dict(tree["data"])
-    if data.get("use", "module") == "module":
-        data["args"] = {"source": data["source"], "args": data.get("args", {})}
-        data["source"] = "kdcore.comparison.runs:without_test"
-    return {**tree, "data": data}
+    """The tree with its data behind ``without_test``, and what teachers and stages lay over it too."""
+    if "source" not in tree["data"]:  # ids alone: there is nothing to hide
+        return dict(tree)
+    out = {**tree, "data": _behind(tree["data"])}
+    if "teacher" in tree:
+        out["teacher"] = {name: _data_behind(table) for name, table in tree["teacher"].items()}
+    if "stage" in tree:
+        out["stage"] = [_data_behind(table) for table in tree["stage"]]
+    return out
+
+
+def _data_behind(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {**table, "data": _behind(table["data"])} if table.get("data") else dict(table)
+
+
+def _behind(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A data table, or a part of one: its source and arguments become arguments of ``without_test``."""
+    out = {key: value for key, value in data.items() if key not in ("source", "args")}
+    if "source" in data:
+        out["source"] = "kdcore.comparison.runs:without_test"
+    inner = {key: data[key] for key in ("source", "args") if key in data}
+    return {**out, "args": inner} if inner else out
 
 
 def _room(text: str) -> tuple[str, Any]:
