@@ -61,6 +61,11 @@ class RunContext:
         return self._distiller.teachers
 
     @property
+    def routed(self) -> tuple[str, ...]:
+        """The teachers of the router's columns, in their order; all teachers where the run has no router."""
+        return self._distiller.parts.routed or tuple(self.teachers)
+
+    @property
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 

@@ -246,6 +246,13 @@ class Augmentation(Kind):
 class Stage:
     """A procedure. ``run(run)`` returns artefacts by name: paths of files, or JSON values."""
 
+    def view(self, recipe: Any, artefacts: Mapping[str, Any]) -> Any:
+        """The recipe as this stage lays it out, a function of the recipe and earlier artefacts alone.
+
+        What is rebuilt from a run folder (the student, the teachers of a probe) is rebuilt from this view.
+        """
+        return recipe
+
     def run(self, run: Any) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__} has no run(run) -> artefacts")
 

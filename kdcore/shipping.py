@@ -37,7 +37,10 @@ def load_run(folder: Path) -> tuple[Recipe, StageRun]:
         return recipe, StageRun(recipe, "distill", folder / "stages" / "distill")
     name = recipes.stage_name(stages[-1], len(stages) - 1)
     view = recipes.parse_stage(recipe, stages[-1], f"stage.{len(stages) - 1}")
-    return recipe, StageRun(view, name, folder / "stages" / name, _artefacts(folder))
+    run = StageRun(view, name, folder / "stages" / name, _artefacts(folder))
+    stage = run.builder().make("stage", stages[-1].use, build._stage_params("stage", stages[-1]), "stage")
+    run.recipe = stage.view(view, run.artefacts)
+    return recipe, run
 
 
 def _artefacts(folder: Path) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def load_student(folder: Path) -> tuple[Student, StageRun]:
     if not weights.exists():
         raise InputError(str(folder), "the run has no trained student yet", hint="kd resume finishes it")
     student.load_state_dict(load_tensors(weights, str(folder)))
-    return student.to(run.device).eval(), run  # type: ignore[return-value]
+    return student.to(run.device).eval(), run
 
 
 def measure_probes(recipe: Recipe, folder: Path, artefacts: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class StageRun:
 
         table, folder = train or self.recipe.train, self.folder / name
         done = folder / "result.json"
-        student = parts.student
+        student, view = parts.student, parts.views.get("student", {})
         if done.exists():
             student.load_state_dict(load_tensors(folder / "weights.safetensors", name))
             student.to(self.device)
@@ -115,7 +115,7 @@ class StageRun:
             self.source,
             table,
             folder,
-            evaluate=lambda: evaluate(student, self.source.loader("val"), parts.task, self.device),
+            evaluate=lambda: evaluate(_Viewed(student, view), self.source.loader("val"), parts.task, self.device),
             make_optimizer=lambda params: build.optimizer_of(table.optimizer, params, "train.optimizer"),
             optimizer_tables=build.optimizer_tables(self.recipe, parts) if parts.losses else {},
             identity=self.identity(name),
@@ -155,7 +155,8 @@ class Distill(Stage):
     the student with distillation; judge all on the test split, once, at the end."""
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        recipe = run.recipe
+        recipe = self.view(run.recipe, run.artefacts)
+        run = replace(run, recipe=recipe)
         results: dict[str, Any] = {"teachers": {}}
         models: dict[str, Any] = {}
         builder = run.builder()
@@ -238,6 +239,9 @@ class _Viewed:
 
     def infer(self, outputs: Any) -> dict[str, torch.Tensor]:
         return self.model.infer(outputs) if hasattr(self.model, "infer") else {"logits": outputs.logits}
+
+    def task_loss(self, outputs: Any, batch: Batch) -> Any:
+        return self.model.task_loss(outputs, batch) if hasattr(self.model, "task_loss") else None
 
 
 @torch.no_grad()

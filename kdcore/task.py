@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdcore.counts import Counts
 from kdcore.errors import InputError, nearest
+from kdcore.kinds import Terms
 from kdcore.tables import TaskTable
 from kdcore.types import Batch, Outputs
 
@@ -20,6 +22,7 @@ DEFAULT_METRICS = {
     "regression": ["mean_squared_error"],
     "none": [],
 }
+LOSS = "loss"  # the metric that is the task's own loss, the student's where it has one
 LOWER_IS_BETTER = ("error", "perplexity", "loss", "distance", "calibration")
 
 
@@ -34,7 +37,8 @@ class Task:
         self.table, self.classes = table, classes
         self.metrics = DEFAULT_METRICS[table.use] if table.metrics is None else table.metrics
         for name in self.metrics:
-            _metric_class(name)
+            if name != LOSS:
+                _metric_class(name)
 
     def terms(self, outputs: Outputs, batch: Batch) -> Tensor | None:
         """Cross-entropy ([B], [B,L] or [B] averaged over pixels) or squared error [B]; None without labels."""
@@ -75,12 +79,12 @@ class Meter:
     """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.count = task, 0
+        self.task, self.count, self._loss, self._rows = task, 0, 0.0, 0
         # a language model's classes are its vocabulary, which its first logits tell
         self._metrics = {} if task.table.use == "language" else self._made(task.classes)
 
     def _made(self, classes: int | None) -> dict[str, Any]:
-        return {name: self._make(name, classes) for name in self.task.metrics}
+        return {name: self._make(name, classes) for name in self.task.metrics if name != LOSS}
 
     def _make(self, name: str, classes: int | None) -> Any:
         kind = _metric_class(name)
@@ -111,10 +115,18 @@ class Meter:
             else:
                 metric.update(prediction, target)
 
+    def add_loss(self, terms: Terms, outputs: Outputs, batch: Batch) -> None:
+        """The sum of a batch's terms, each a mean over samples or supervised positions."""
+        named = terms.values() if isinstance(terms, dict) else [terms]
+        self._loss += len(batch) * sum(float(Counts().share(term, "main", outputs, batch)) for term in named)
+        self._rows += len(batch)
+
     def compute(self) -> dict[str, float]:
-        if not self.count:
-            return {}
-        return {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        """By name, in the task's order; without labels there is nothing to say."""
+        found = {name: float(metric.compute()) for name, metric in self._metrics.items()} if self.count else {}
+        if self._rows:
+            found[LOSS] = self._loss / self._rows
+        return {name: found[name] for name in self.task.metrics if name in found}
 
 
 def _metric_class(name: str) -> Any:
@@ -125,7 +137,7 @@ def _metric_class(name: str) -> Any:
     classes["perplexity"] = Perplexity
     if name not in classes:
         raise InputError(
-            "task.metrics", "no such metric in torchmetrics", given=name, hint=nearest(name, classes) or "its snake_case name"
+            "task.metrics", "no such metric in torchmetrics", given=name, hint=nearest(name, classes) or "snake_case"
         )
     return classes[name]
 
@@ -162,5 +174,10 @@ def evaluate(model: Any, loader: Any, task: Task, device: torch.device) -> dict[
         outputs = model(batch)
         inferred = model.infer(outputs) if hasattr(model, "infer") else {"logits": outputs.logits}
         meter.update(inferred, outputs, batch)
+        if LOSS in task.metrics:
+            own = model.task_loss(outputs, batch) if hasattr(model, "task_loss") else None
+            terms = task.terms(outputs, batch) if own is None else own
+            if terms is not None:
+                meter.add_loss(terms, outputs, batch)
     model.train(was_training)
     return meter.compute()
