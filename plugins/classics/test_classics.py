@@ -1,4 +1,4 @@
-"""What the plugin declares, and its recipes."""
+"""What the plugin declares, its oracles and its recipes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import kd_plugin_classics
 import pytest
+from kd_plugin_classics.oracle import ORACLES
 
 import kdcore
+from kdcore.testing import Oracle, check_oracle
 
 TERMS = {
     "at": {"at-stem", "at-body0", "at-body1", "task"},
@@ -27,6 +29,11 @@ CONVENTIONS = {  # name -> zero_at_teacher, couples_batch; none has a hard term 
     "fitnet": (False, False),
     "rkd": (True, True),
 }
+
+
+@pytest.mark.parametrize("oracle", ORACLES, ids=str)
+def test_oracle(oracle: Oracle) -> None:
+    check_oracle(oracle)
 
 
 def test_listing_imports_no_torch() -> None:

@@ -1,8 +1,4 @@
-"""DIST against the authors' code, and what a correlation must and must not see.
-
-Numbers: hunto/image_classification_sota at 6f7a70a1 (to which hunto/DIST_KD refers), lib/models/losses/dist_kd.py,
-run once in float64.
-"""
+"""DIST: what a correlation must and must not see (the authors' numbers are oracles)."""
 
 from __future__ import annotations
 
@@ -14,49 +10,11 @@ from kd_plugin_classics.dist import dist_loss, pearson_distance
 from torch import Tensor
 
 Wave = Callable[..., Tensor]
-# fmt: off
-RELEASED = [  # beta, gamma, temperature, value, gradient at the student's logits
-    (1.0, 0.0, 1.0, 0.465830370505, [
-        -0.08232032497, 0.07048552837, 0.0118347966, -0.00264615387, -0.1491613787, 0.1518075325,
-        0.001238793133, -0.00368622012, 0.002447426987, 0.1979721491, -0.001940540956, -0.1960316081,
-    ]),
-    (0.0, 1.0, 1.0, 0.590459334485, [
-        -0.1826265289, 0.1833620098, -0.0007354809616, 0.008710692485, -0.1513553671, 0.1426446746,
-        0.004103076363, -0.005513450075, 0.001410373712, 0.1560227626, 0.005526797593, -0.1615495601,
-    ]),
-    (2.0, 2.0, 4.0, 24.9404395047, [
-        -6.410402184, 5.059333358, 1.351068826, -0.2442334293, -4.861660237, 5.105893666,
-        1.390651914, -2.012084794, 0.6214328794, 6.066344595, 0.48046648, -6.546811075,
-    ]),
-]
-# fmt: on
 
 
 @pytest.fixture
 def logits(wave: Wave) -> tuple[Tensor, Tensor]:
     return wave(4, 3, phase=0.3, scale=2.0), wave(4, 3, phase=1.1, scale=3.0)
-
-
-@pytest.mark.parametrize("beta, gamma, temperature, value, gradient", RELEASED)
-def test_released_value_and_gradient(
-    logits: tuple[Tensor, Tensor],
-    beta: float,
-    gamma: float,
-    temperature: float,
-    value: float,
-    gradient: list[float],
-) -> None:
-    s, t = logits[0].requires_grad_(), logits[1]
-    loss = dist_loss(s, t, beta=beta, gamma=gamma, temperature=temperature)
-    loss.backward()
-    assert loss.item() == pytest.approx(value, rel=1e-10)
-    torch.testing.assert_close(
-        s.grad.flatten(), torch.tensor(gradient, dtype=torch.float64), rtol=1e-8, atol=1e-10
-    )
-
-
-def test_defaults_are_the_released_ones(logits: tuple[Tensor, Tensor]) -> None:
-    assert dist_loss(*logits).item() == pytest.approx(1.05628970499, rel=1e-10)
 
 
 def test_distance_against_numpys_correlation(wave: Wave) -> None:

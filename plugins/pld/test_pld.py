@@ -1,4 +1,4 @@
-"""PLD against a float64 rebuild from its definition, closed forms, and the limits that the paper states."""
+"""PLD: oracles, a float64 rebuild from the definition on many samples, and the limits that the paper states."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kd_plugin_pld.loss import pld_loss, preference_order
+from kd_plugin_pld.oracle import ORACLES
 from torch import Tensor
 
 import kdcore
 from kdcore import InputError
+from kdcore.testing import Oracle, check_oracle
 
 SEEDS = range(5)
 
@@ -39,7 +41,7 @@ def row(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
-# ---- values and gradients ---------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
@@ -52,35 +54,9 @@ def test_definition(seed: int, tau: float) -> None:
     )
 
 
-@pytest.mark.parametrize("label, expected", [(0, 0.27592), (1, 0.15654)])
-def test_two_classes(label: int, expected: float) -> None:
-    """C = 2: softmax(t)[y] CE(s, y)."""
-    loss = pld_loss(row(1, 0), row(2, 0), torch.tensor([label]))
-    assert loss.item() == pytest.approx(expected, abs=5e-6)
-
-
-def test_three_classes_with_gradient() -> None:
-    """s = (1, 0, -1), t = (0, 2, 1), y = 0: steps 0.40761, 0.31326, 0; weights 0.09003, 0.66524, 0.24473."""
-    s = row(1, 0, -1).requires_grad_()
-    loss = pld_loss(s, row(0, 2, 1), torch.tensor([0]))
-    loss.sum().backward()
-    assert loss.item() == pytest.approx(0.09003 * 0.40761 + 0.66524 * 0.31326, abs=2e-5)
-    assert s.grad is not None
-    torch.testing.assert_close(s.grad, row(-0.0301, -0.1569, 0.1870), rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_gradient(seed: int) -> None:
-    """dL/ds = sum_k alpha_k (sigma_k - e_k), sigma_k the softmax over the classes that are left."""
-    s, t, y = sample(seed, rows=1, classes=5)
-    order, alpha = preference_order(t, y)[0], t.softmax(-1)[0]
-    expected = torch.zeros(5, dtype=torch.float64)
-    for k, choice in enumerate(order):
-        expected[order[k:]] += alpha[choice] * s[0, order[k:]].softmax(-1)
-        expected[choice] -= alpha[choice]
-    s.requires_grad_()
-    pld_loss(s, t, y).sum().backward()
-    torch.testing.assert_close(s.grad, expected.unsqueeze(0), rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("oracle", ORACLES, ids=str)
+def test_oracle(oracle: Oracle) -> None:
+    check_oracle(oracle)
 
 
 def test_order_is_label_then_teacher() -> None:
