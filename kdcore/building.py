@@ -168,6 +168,13 @@ def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: b
                 f"{each.use!r} reads a teacher, and the recipe has none",
                 hint="add [teacher.main]",
             )
+        if loss.couples_batch and recipe.train.accumulate > 1:
+            raise InputError(
+                f"loss.{index}",
+                f"{each.use!r} relates the samples of a batch: over micro-batches it would be another loss",
+                given=f"train.accumulate = {recipe.train.accumulate}",
+                hint="take accumulate out, or lower batch_size",
+            )
         name = _unique(each.name or each.use, {slot.name for slot in parts.losses})
         parts.losses.append(Slot(name, loss, each.weight, teachers, _tuple(each.stream), each.reads))
     return parts

@@ -173,12 +173,12 @@ class RunContext:
         """This step's generator, the same on all ranks."""
         return self.rng("generator")
 
-    def reseed(self, *what: Any) -> None:
-        """Make torch's, numpy's and Python's global generators a function of (seed, what, rank).
+    def reseed(self, *what: Any, shared: bool = True) -> None:
+        """Make torch's, numpy's and Python's global generators a function of (seed, what), or of the rank, too.
 
         Called at every step, so what dropout and third-party code draw does not depend on what ran before.
         """
-        seed = key_seed(self.seed, *what, parallel.rank())
+        seed = key_seed(self.seed, *what, 0 if shared else parallel.rank())
         torch.default_generator.manual_seed(seed)  # torch.manual_seed also queues calls for absent devices
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)

@@ -118,7 +118,7 @@ class Distiller(nn.Module):
     def train_step(self, data: Batch, optim_wrapper: Any) -> dict[str, Tensor]:
         """One optimiser update on a (rank's share of a) global batch; returns the terms' values."""
         run = self.run
-        run.reseed("step", run.step)
+        run.reseed("step", run.step, shared=False)
         batch = data.to(run.device)
         for augmentation in self.parts.augmentations.values():
             batch = augmentation(batch)

@@ -77,7 +77,7 @@ class MetricsHook(Hook):
         step = self.job.run.step
         if step % LOG_STEPS == 0 or step == 1 or step == self.job.run.total_steps:
             check_finite(outputs, step)
-            values = {name: float(value) for name, value in outputs.items()}
+            values = {name: parallel.total(value, value.device) for name, value in outputs.items()}
             self._write(runner, {"step": step, **values, "lr": _lr(runner), **self.extra})
             self.extra.clear()
         self.job.progress.advance(step)

@@ -62,7 +62,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hold the original elsewhere
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.length]  # type: ignore[attr-defined,no-any-return]
 

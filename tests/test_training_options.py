@@ -233,8 +233,10 @@ def test_two_processes_give_the_result_of_one(
     """Equal global batch, two gloo ranks, unequal shares (the last batch has 4 of 32 samples, tokens are ragged)."""
     module = write_module(TOKENS)
     recipe = copy.deepcopy(sgd) if which != "tokens" else tokens_recipe(module)
-    if which == "coupled":
-        recipe["loss"].append({"use": "kd", "name": "second", "temperature": 1.0, "weight": 0.5})
+    if which == "coupled":  # relations over the whole batch, and a memory bank that every rank must hold alike
+        reads = {"student": {"embedding": "hidden0"}, "teacher": {"embedding": "hidden0"}}
+        crd = {"use": "classics.crd", "negatives": 16, "dim": 8, "weight": 0.1, "reads": reads}
+        recipe["loss"] += [{"use": "classics.rkd", "reads": reads}, crd]
         recipe["data"]["batch_size"] = 25
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe), "utf-8")
@@ -242,6 +244,13 @@ def test_two_processes_give_the_result_of_one(
     done = torchrun(path, tmp_path / "two", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert distance(one, tmp_path / "two") < 2e-6
+
+
+def test_accumulation_is_refused_where_the_loss_couples_the_batch(tiny: dict[str, Any], tmp_path: Path) -> None:
+    reads = {"student": {"embedding": "hidden0"}, "teacher": {"embedding": "hidden0"}}
+    tiny["loss"] = [{"use": "classics.rkd", "reads": reads}]
+    with pytest.raises(InputError, match="relates the samples of a batch"):
+        kdcore.run(tiny, overrides=["train.accumulate=2"], out=tmp_path / "run")
 
 
 def test_batch_norm_in_training_is_refused_with_several_processes(
