@@ -97,7 +97,7 @@ class Order:
 
     def _sequence(self, stream: str, cycle: int) -> Sequence[int]:
         if stream == self.epoch_stream and cycle in self.drawn:
-            return self.drawn[cycle].tolist()  # type: ignore[no-any-return]
+            return self.drawn[cycle].tolist()
         return self._permutation(stream, cycle)
 
     def keys(self, step: int) -> list[Key]:
@@ -206,7 +206,7 @@ class Source:
     def train_loader(self, sampler: StepSampler) -> DataLoader[Any]:
         return DataLoader(
             Keyed(self.streams, self.seed),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=_same,
             num_workers=self.table.workers,
         )

@@ -48,7 +48,7 @@ class _Gather(torch.autograd.Function):
     """Concatenate along the first axis over ranks; the gradient of each rank's rows comes back summed."""
 
     @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, value: Tensor) -> Tensor:
         sizes = torch.zeros(world(), dtype=torch.int64, device=value.device)
         sizes[rank()] = len(value)
         dist.all_reduce(sizes)
@@ -61,15 +61,15 @@ class _Gather(torch.autograd.Function):
         return torch.cat([piece[:n] for piece, n in zip(pieces, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hold the original elsewhere
         dist.all_reduce(grad)
-        return grad[ctx.start : ctx.start + ctx.length]  # type: ignore[attr-defined,no-any-return]
+        return grad[ctx.start : ctx.start + ctx.length]
 
 
 def gather(value: Tensor) -> Tensor:
     """All ranks' rows, in rank order, differentiably."""
-    return value if world() == 1 else _Gather.apply(value)  # type: ignore[no-any-return,no-untyped-call]
+    return value if world() == 1 else _Gather.apply(value)
 
 
 def barrier() -> None:

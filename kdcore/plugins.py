@@ -75,7 +75,9 @@ class Registry:
             return found[0]
         if found:
             full = [f"{e.distribution}:{bare}" for e, _ in found]
-            raise InputError(place, f"{kind} {name!r} is offered by {len(found)} plugins", given=name, allowed=full)
+            raise InputError(
+                place, f"{kind} {name!r} is offered by {len(found)} plugins", given=name, allowed=full
+            )
         raise self._missing(kind, name, bare, place)
 
     def _missing(self, kind: str, name: str, bare: str, place: str) -> InputError:
@@ -86,16 +88,25 @@ class Registry:
                 return InputError(place, why, given=name, hint="kd plugins shows it; mend or uninstall it")
         if any(entry.name == slug for entry in self.blocked):
             return InputError(
-                place, f"{kind} {name!r} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS", given=name, hint="unset it"
+                place,
+                f"{kind} {name!r} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS",
+                given=name,
+                hint="unset it",
             )
         names = sorted(self.offers.get(kind, {}))
         others = [k for k, offered in self.offers.items() if bare in offered]
         if others:
             return InputError(place, f"{name!r} is a {others[0]}, not a {kind}", given=name, allowed=names)
         if not any(entry.name == slug for entry in self.entries) and (known := catalog.method(slug)):
-            return InputError(place, f"{kind} {name!r} is not installed", given=name, hint=catalog.how_to_get(known))
+            return InputError(
+                place, f"{kind} {name!r} is not installed", given=name, hint=catalog.how_to_get(known)
+            )
         return InputError(
-            place, f"unknown {kind} {name!r}", given=name, allowed=names, hint=nearest(name, [*names, *catalog.slugs()])
+            place,
+            f"unknown {kind} {name!r}",
+            given=name,
+            allowed=names,
+            hint=nearest(name, [*names, *catalog.slugs()]),
         )
 
 
@@ -111,7 +122,9 @@ def discover(entries: Iterable[Entry]) -> Registry:
     manager.add_hookspecs(Declarations)
     allow, block = _names("KD_PLUGINS"), _names("KD_DISABLE_PLUGINS") or frozenset()
     for entry in sorted(entries, key=lambda e: (e.distribution != GROUP, e.name, e.distribution)):
-        if entry.distribution != GROUP and (entry.name in block or (allow is not None and entry.name not in allow)):
+        if entry.distribution != GROUP and (
+            entry.name in block or (allow is not None and entry.name not in allow)
+        ):
             found.blocked.append(entry)
             continue
         found.entries.append(entry)
@@ -202,13 +215,15 @@ def _without_heavy_imports() -> Iterator[None]:
         @staticmethod
         def find_spec(name: str, path: Any = None, target: Any = None) -> None:
             if name.partition(".")[0] in HEAVY:
-                raise ImportError(f"imports {name} at module level: a plugin's entry-point module must be light")
+                raise ImportError(
+                    f"imports {name} at module level: a plugin's entry-point module must be light"
+                )
 
-    sys.meta_path.insert(0, Refuse)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Refuse)
     try:
         yield
     finally:
-        sys.meta_path.remove(Refuse)  # type: ignore[arg-type]
+        sys.meta_path.remove(Refuse)
 
 
 def _heavy_names(module: Any) -> str:
@@ -238,8 +253,12 @@ def _declarations(entry: Entry, module: Any) -> list[tuple[str, Component]]:
             if not isinstance(component, Component):
                 raise TypeError(f"{hook} gave {component!r}, not a Component")
             if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
-                raise ValueError(f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'")
+                raise ValueError(
+                    f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'"
+                )
             rows.append((kind, component))
-    if doubled := {row[1].name for row in rows if [(k, c.name) for k, c in rows].count((row[0], row[1].name)) > 1}:
+    if doubled := {
+        row[1].name for row in rows if [(k, c.name) for k, c in rows].count((row[0], row[1].name)) > 1
+    }:
         raise ValueError(f"declared twice: {', '.join(sorted(doubled))}")
     return rows

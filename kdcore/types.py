@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kdcore.errors import KDError, nearest
@@ -135,7 +136,7 @@ class Batch(dict[str, Any]):
             cut = {name: part.chunks(size) for name, part in self.parts.items()}
             return [Batch(parts={name: c[i] for name, c in cut.items()}) for i in range(size)]
         edges = [total * i // size for i in range(size + 1)]
-        return [self._map(lambda v, a=a, b=b: v[a:b]) for a, b in itertools.pairwise(edges)]
+        return [self._map(itemgetter(slice(a, b))) for a, b in itertools.pairwise(edges)]
 
 
 class Unembed(NamedTuple):
@@ -224,7 +225,11 @@ class Outputs:
         return replace(self._map(lambda v: v[index]), unembed=unembed, topk=topk, rows=None)
 
     def detach(self) -> Outputs:
-        tensors = {k: v.detach() for k, v in (self.unembed._asdict() if self.unembed else {}).items() if hasattr(v, "detach")}
+        tensors = {
+            k: v.detach()
+            for k, v in (self.unembed._asdict() if self.unembed else {}).items()
+            if hasattr(v, "detach")
+        }
         unembed = self.unembed and self.unembed._replace(**tensors)
         return replace(self._map(lambda v: v.detach() if hasattr(v, "detach") else v), unembed=unembed)
 

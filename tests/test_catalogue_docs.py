@@ -45,4 +45,6 @@ def test_one_slug_gives_every_name(slug: str) -> None:
 
 
 def test_the_wheel_carries_the_catalogue() -> None:
-    assert (ROOT / "kdcore" / "registry.toml").read_text("utf-8") == (ROOT / "registry.toml").read_text("utf-8")
+    assert (ROOT / "kdcore" / "registry.toml").read_text("utf-8") == (ROOT / "registry.toml").read_text(
+        "utf-8"
+    )

@@ -150,7 +150,8 @@ TOKENS = """
         lengths = torch.randint(1, 11, (40,), generator=rng)
         target = torch.roll(tokens, -1, 1)
         target[torch.arange(10)[None, :] >= lengths[:, None]] = -100
-        sets = [TensorSet(torch.arange(a, b), input=tokens[a:b], target=target[a:b]) for a, b in ((0, 24), (24, 32), (32, 40))]
+        cuts = ((0, 24), (24, 32), (32, 40))
+        sets = [TensorSet(torch.arange(a, b), input=tokens[a:b], target=target[a:b]) for a, b in cuts]
         return Data(*sets, classes=12)
 
     class Net(nn.Module):
@@ -233,7 +234,9 @@ def test_two_processes_give_the_result_of_one(
     """Equal global batch, two gloo ranks, unequal shares (the last batch has 4 of 32 samples, tokens are ragged)."""
     module = write_module(TOKENS)
     recipe = copy.deepcopy(sgd) if which != "tokens" else tokens_recipe(module)
-    if which == "coupled":  # relations over the whole batch, and a memory bank that every rank must hold alike
+    if (
+        which == "coupled"
+    ):  # relations over the whole batch, and a memory bank that every rank must hold alike
         reads = {"student": {"embedding": "hidden0"}, "teacher": {"embedding": "hidden0"}}
         crd = {"use": "classics.crd", "negatives": 16, "dim": 8, "weight": 0.1, "reads": reads}
         recipe["loss"] += [{"use": "classics.rkd", "reads": reads}, crd]
@@ -246,7 +249,9 @@ def test_two_processes_give_the_result_of_one(
     assert distance(one, tmp_path / "two") < 2e-6
 
 
-def test_accumulation_is_refused_where_the_loss_couples_the_batch(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_is_refused_where_the_loss_couples_the_batch(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     reads = {"student": {"embedding": "hidden0"}, "teacher": {"embedding": "hidden0"}}
     tiny["loss"] = [{"use": "classics.rkd", "reads": reads}]
     with pytest.raises(InputError, match="relates the samples of a batch"):

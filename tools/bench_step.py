@@ -82,7 +82,7 @@ def runner_of(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
     from mmengine.model import BaseModel  # noqa: TID251 - the baseline is mmengine itself
     from mmengine.runner import Runner  # noqa: TID251
 
-    class Model(BaseModel):  # type: ignore[misc]
+    class Model(BaseModel):
         def __init__(self) -> None:
             super().__init__()
             self.student, self.teacher = models(size)

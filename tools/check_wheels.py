@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from dev_install import ROOT, packages
@@ -26,14 +27,14 @@ def build(folder: Path, scratch: Path, into: Path) -> Path:
     """The wheel of one package, built from its own sdist as an index would."""
     table = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["build-system"]
     backend = importlib.import_module(table["build-backend"])
-    sdist = _in(folder, lambda: scratch / backend.build_sdist(str(scratch)))
+    sdist = _in(folder, lambda: scratch / str(backend.build_sdist(str(scratch))))
     with tarfile.open(sdist) as archive:
         archive.extractall(scratch, filter="data")
     unpacked = scratch / sdist.name.removesuffix(".tar.gz")
-    return _in(unpacked, lambda: into / backend.build_wheel(str(into)))
+    return _in(unpacked, lambda: into / str(backend.build_wheel(str(into))))
 
 
-def _in(folder: Path, call):  # type: ignore[no-untyped-def]
+def _in(folder: Path, call: Callable[[], Path]) -> Path:
     here = Path.cwd()
     try:
         os.chdir(folder)

@@ -1,6 +1,6 @@
 """Generated documentation: docs/catalogue.md from registry.toml. ``--check`` fails where a file is stale.
 
-    python tools/make_docs.py [--check]
+python tools/make_docs.py [--check]
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ def catalogue() -> str:
     states = Counter(entry["status"] for entry in entries)
     lines = [HEAD, f"{len(entries)} entries: {', '.join(f'{n} {s}' for s, n in sorted(states.items()))}.", ""]
     for title, kind in (("Methods", "method"), ("Toolboxes", "toolbox")):
-        lines += [f"## {title}", "", "| slug | what it does | kinds | paper | authors' code | fidelity | status |"]
+        lines += [
+            f"## {title}",
+            "",
+            "| slug | what it does | kinds | paper | authors' code | fidelity | status |",
+        ]
         lines.append("|" + " --- |" * 7)
         lines += [_row(entry) for entry in entries if entry["kind_of"] == kind]
         lines.append("")
@@ -36,13 +40,27 @@ def _row(entry: dict[str, Any]) -> str:
     where = " ".join(str(paper[key]) for key in ("venue", "year") if paper.get(key))
     link = f"[{where or 'paper'}]({paper['url']})" if paper.get("url") else where
     source = f"[{code['licence'] or 'unknown licence'}]({code['repository']})" if code else "none"
-    slug = f"`{entry['slug']}`" if entry["status"] == "planned" else f"[`{entry['slug']}`](../plugins/{entry['slug']})"
-    cells = [slug, entry["summary"], ", ".join(entry["kinds"]), link, source, entry["fidelity"], entry["status"]]
+    slug = (
+        f"`{entry['slug']}`"
+        if entry["status"] == "planned"
+        else f"[`{entry['slug']}`](../plugins/{entry['slug']})"
+    )
+    cells = [
+        slug,
+        entry["summary"],
+        ", ".join(entry["kinds"]),
+        link,
+        source,
+        entry["fidelity"],
+        entry["status"],
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     path, text = ROOT / "docs" / "catalogue.md", catalogue()

@@ -29,7 +29,12 @@ Z_T = torch.tensor(
 )
 MASK = torch.tensor([[True, True, False], [True, False, True]])
 # compute_loss(Z_S, Z_T, MASK): loss and the sum of the gradient's absolute entries
-RELEASED = {0.0: (1.132337, 0.0), 0.3: (1.339031, 0.304775), 0.75: (1.611128, 0.706941), 1.0: (1.703566, 0.851963)}
+RELEASED = {
+    0.0: (1.132337, 0.0),
+    0.3: (1.339031, 0.304775),
+    0.75: (1.611128, 0.706941),
+    1.0: (1.703566, 0.851963),
+}
 GRADIENT_AT_03 = [-0.025758, -0.008094, 0.073851, -0.039999]  # of the first token
 
 
@@ -61,7 +66,9 @@ def test_two_classes_by_hand(
     z_s: list[float], z_t: list[float], t: float, cross_entropy: float, kl: float, gradient: float
 ) -> None:
     student, teacher = torch.tensor(z_s, requires_grad=True), torch.tensor(z_t)
-    assert taid_loss(student, teacher, t=t, variant="released").item() == pytest.approx(cross_entropy, abs=1e-4)
+    assert taid_loss(student, teacher, t=t, variant="released").item() == pytest.approx(
+        cross_entropy, abs=1e-4
+    )
     loss = taid_loss(student, teacher, t=t)
     assert loss.item() == pytest.approx(kl, abs=1e-4)
     (grad,) = torch.autograd.grad(loss, student)
@@ -76,7 +83,9 @@ def test_the_ends_of_the_slide() -> None:
     q = F.softmax(Z_S, -1)
     assert torch.allclose(taid_loss(Z_S, Z_T, t=0.0, variant="released"), -(q * q.log()).sum(-1), atol=1e-6)
     assert torch.allclose(
-        taid_loss(Z_S, Z_T, t=1.0), F.kl_div(F.log_softmax(Z_S, -1), F.softmax(Z_T, -1), reduction="none").sum(-1), atol=1e-6
+        taid_loss(Z_S, Z_T, t=1.0),
+        F.kl_div(F.log_softmax(Z_S, -1), F.softmax(Z_T, -1), reduction="none").sum(-1),
+        atol=1e-6,
     )
 
 
@@ -120,7 +129,9 @@ OFFICIAL = {
 def test_the_schedule_of_the_released_code(steps: int) -> None:
     t, momentum, path = 0.2, 0.0, [0.2]
     for n, (previous, loss) in enumerate(zip(LOSSES, LOSSES[1:], strict=False), 1):
-        t, momentum = next_t(t, momentum, previous, loss, progress=n / steps, t_start=0.2, alpha=0.05, beta=0.9)
+        t, momentum = next_t(
+            t, momentum, previous, loss, progress=n / steps, t_start=0.2, alpha=0.05, beta=0.9
+        )
         path.append(t)
     assert path == pytest.approx(OFFICIAL[steps], abs=1e-6)
     assert momentum == pytest.approx(0.0388591, abs=1e-6)

@@ -27,4 +27,6 @@ __getattr__ = lazy(__name__, **dict.fromkeys(_SUMMARIES, "losses"))
 @hookimpl
 def kd_losses() -> Iterator[Component]:
     for function, summary in _SUMMARIES.items():
-        yield Component(f"divergences.{function}", f"kd_plugin_divergences.losses:{function}", summary=summary)
+        yield Component(
+            f"divergences.{function}", f"kd_plugin_divergences.losses:{function}", summary=summary
+        )

@@ -13,5 +13,7 @@ __getattr__ = lazy(__name__, taid_loss="loss", next_t="loss")
 @hookimpl
 def kd_losses() -> Iterator[Component]:
     yield Component(
-        "taid", "kd_plugin_taid.loss:TAIDLoss", summary="token divergence to a target that slides from student to teacher"
+        "taid",
+        "kd_plugin_taid.loss:TAIDLoss",
+        summary="token divergence to a target that slides from student to teacher",
     )

@@ -19,14 +19,18 @@ Variant = Literal["paper", "released"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def taid_loss(student_logits: Tensor, teacher_logits: Tensor, *, t: float, variant: Variant = "paper") -> Tensor:
+def taid_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, t: float, variant: Variant = "paper"
+) -> Tensor:
     """J_t = KL(p_t || q) of each row, q = softmax(student_logits); ``released``: the cross-entropy -sum p_t log q.
 
     Logits [..., V] of both, t in [0, 1]; returns [...]. The two variants have the same gradient,
     dJ/dz_S = q - p_t, and differ by the entropy of p_t. There is no temperature. Computed in float32
     (float64 stays); no gradient to the teacher, nor to the student through p_t.
     """
-    return interpolated_kl(student_logits, teacher_logits, t=t, subtract_entropy=variant == "paper", t_squared=False)
+    return interpolated_kl(
+        student_logits, teacher_logits, t=t, subtract_entropy=variant == "paper", t_squared=False
+    )
 
 
 def next_t(
@@ -74,7 +78,9 @@ class TAIDLoss(Loss):
     ) -> None:
         super().__init__()
         if t_end < t_start:
-            raise ValueError(f"t_end = {t_end} is below t_start = {t_start}: the target would move away from the teacher")
+            raise ValueError(
+                f"t_end = {t_end} is below t_start = {t_start}: the target would move away from the teacher"
+            )
         self.t_start, self.t_end, self.alpha, self.beta = t_start, t_end, alpha, beta
         self.adaptive, self.variant = adaptive, variant
         self.t, self.momentum, self.previous = t_start, 0.0, math.inf
@@ -95,7 +101,9 @@ class TAIDLoss(Loss):
         elif math.isfinite(self.previous):
             schedule = {"t_start": self.t_start, "t_end": self.t_end, "alpha": self.alpha, "beta": self.beta}
             progress = done / self.run.total_steps
-            self.t, self.momentum = next_t(self.t, self.momentum, self.previous, loss, progress=progress, **schedule)
+            self.t, self.momentum = next_t(
+                self.t, self.momentum, self.previous, loss, progress=progress, **schedule
+            )
         self.previous = loss
         self.run.log(taid_t=self.t)
 
@@ -107,5 +115,3 @@ class TAIDLoss(Loss):
 
     def extra_repr(self) -> str:
         return f"t_start={self.t_start}, t_end={self.t_end}, alpha={self.alpha}, beta={self.beta}, {self.variant}"
-
-
