@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ class _Gather(torch.autograd.Function):
     """Concatenate along the first axis over ranks; the gradient of each rank's rows comes back summed."""
 
     @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         sizes = torch.zeros(world(), dtype=torch.int64, device=value.device)
         sizes[rank()] = len(value)
         dist.all_reduce(sizes)
@@ -57,11 +58,11 @@ class _Gather(torch.autograd.Function):
         padded[: len(value)] = value
         pieces = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(pieces, padded)
-        ctx.start, ctx.length = sum(counts[: rank()]), len(value)  # type: ignore[attr-defined]
+        ctx.start, ctx.length = sum(counts[: rank()]), len(value)
         return torch.cat([piece[:n] for piece, n in zip(pieces, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hold the original elsewhere
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ OFFICIAL = {
 @pytest.mark.parametrize("steps", OFFICIAL)
 def test_the_schedule_of_the_released_code(steps: int) -> None:
     t, momentum, path = 0.2, 0.0, [0.2]
-    for n, (previous, loss) in enumerate(zip(LOSSES, LOSSES[1:], strict=False), 1):
+    for n, (previous, loss) in enumerate(itertools.pairwise(LOSSES), 1):
         t, momentum = next_t(
             t, momentum, previous, loss, progress=n / steps, t_start=0.2, alpha=0.05, beta=0.9
         )
