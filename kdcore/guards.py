@@ -60,15 +60,16 @@ class Guards:
             weight, value = terms[name]
             reading = Reading(name, step, weight, float(value.detach()), norms[name], norms[name] / whole)
             self.readings.append(reading)
-            self._judge(reading)
+            self._judge(reading, aside=value.requires_grad and not _reaches(value, roots))
 
-    def _judge(self, r: Reading) -> None:
+    def _judge(self, r: Reading, aside: bool) -> None:
+        """``aside``: the term trains a component's own parameters (a router's gate), and not the student."""
         if not math.isfinite(r.value) or not math.isfinite(r.gradient_norm):
             raise RunError(
                 f"loss term {r.term!r} is {r.value} with gradient norm {r.gradient_norm} at step {r.step}.\n"
                 '  hint    look at its inputs (inf logits, log of 0), lower lr, or use precision = "fp32"'
             )
-        if r.share < DEAD_SHARE:
+        if r.share < DEAD_SHARE and not aside:
             self.warnings.append(
                 f"loss term {r.term!r} is dead: {100 * r.share:.2g} % of the gradient at the student's outputs "
                 f"(weight {r.weight:g}, value {r.value:.4g}). Raise its weight, or take it out."
@@ -155,6 +156,11 @@ def _norm(value: Tensor, roots: list[Tensor]) -> float:
     grads = torch.autograd.grad(value, roots, retain_graph=True, allow_unused=True)
     squares = [float(g.detach().double().square().sum()) for g in grads if g is not None]
     return math.sqrt(sum(squares))
+
+
+def _reaches(value: Tensor, roots: list[Tensor]) -> bool:
+    grads = torch.autograd.grad(value, roots, retain_graph=True, allow_unused=True) if roots else ()
+    return any(grad is not None for grad in grads)
 
 
 def _version(module: nn.Module) -> int:

@@ -242,3 +242,11 @@ def test_named_and_positional_terms_are_weighed_by_sample(make: Make, batch: Bat
     rows = distiller.student(batch).logits.detach()
     assert terms["kd.row"][1].item() == pytest.approx((share * rows.sum(1)).mean().item(), rel=1e-5)
     assert terms["kd.grid"][1].item() == pytest.approx((share * rows.mean(1)).mean().item(), rel=1e-5)
+
+
+def test_a_term_that_trains_the_router_alone_is_not_called_dead(make: Make, batch: Batch) -> None:
+    distiller = make(Table())
+    distiller.train_step(batch, wrapper(distiller))
+    reading = next(r for r in distiller.guards.readings if r.term == "router.balance")
+    assert reading.gradient_norm == 0
+    assert distiller.guards.warnings == []
