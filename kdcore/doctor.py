@@ -1,0 +1,79 @@
+"""``kd doctor``: what this environment has, and what in it will make trouble."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+
+from kdcore import plugins
+
+PACKAGES = (
+    "kdcore",
+    "torch",
+    "mmengine",
+    "torchmetrics",
+    "pydantic",
+    "pluggy",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+)
+
+
+def report(echo: Callable[[str], object]) -> int:
+    """Print versions, devices, plugins and problems; returns the number of problems."""
+    echo(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    for name in PACKAGES:
+        echo(f"  {name:<14}{_version(name) or 'not installed'}")
+    echo(_devices())
+    for variable in ("KD_PLUGINS", "KD_DISABLE_PLUGINS", "OMP_NUM_THREADS", "WORLD_SIZE"):
+        if variable in os.environ:
+            echo(f"  {variable}={os.environ[variable]}")
+    registry = plugins.registry()
+    echo(
+        f"plugins: {len(registry.entries) - len(registry.quarantine)} ready, {len(registry.blocked)} blocked"
+    )
+    problems = list(_problems(registry))
+    for problem in problems:
+        echo(f"problem: {problem}")
+    if not problems:
+        echo("no problems found")
+    return len(problems)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "devices: unknown without torch"
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"devices: {', '.join(names) or 'cpu only'}; torch uses {torch.get_num_threads()} threads"
+
+
+def _problems(registry: plugins.Registry) -> Iterator[str]:
+    for fault in registry.quarantine:
+        yield f"plugin {fault.entry.name} is in quarantine ({fault.phase}): {fault.error}"
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        yield (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install one"
+        )
+    if importlib.util.find_spec("cv2") is not None:
+        try:
+            importlib.import_module("cv2")
+        except ImportError as error:  # a missing libGL, mostly
+            yield f"OpenCV, which mmengine imports, fails: {error}. pip install opencv-python-headless"
+    free = shutil.disk_usage(".").free
+    if free < 2**30:
+        yield f"only {free / 2**20:.0f} MiB are free here: checkpoints may not fit"

@@ -1,0 +1,78 @@
+"""``kd plugin new`` writes a plugin of the standard form that passes its own tests at once."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kdcore
+from kdcore import plugins, scaffold
+from kdcore.errors import InputError
+from kdcore.plugins import Entry
+
+
+@pytest.mark.parametrize("kind", sorted(scaffold.CODE))
+def test_a_new_plugin_passes_its_own_tests(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slug = f"made-{kind}"
+    folder = scaffold.write(slug, kind, tmp_path)
+    module = f"kd_plugin_made_{kind}"
+    project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["entry-points"]["kdcore"] == {slug: module}
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    entry = Entry(slug, f"kd-plugin-{slug}", "0.1", module)
+    real = plugins._entry_points()
+    monkeypatch.setattr(plugins, "_entry_points", lambda: [*real, entry])
+    plugins.registry.cache_clear()
+    try:
+        assert not plugins.registry().quarantine
+        assert pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]) == 0
+        run = kdcore.run(f"{slug}:digits", overrides=["train.epochs=1", *_short(kind)], out=tmp_path / "run")
+        assert run.metrics["accuracy"] > 0
+    finally:
+        plugins.registry.cache_clear()
+
+
+def _short(kind: str) -> list[str]:
+    return [] if kind == "teacher" else ["teacher.main.train.epochs=1"]
+
+
+def test_it_is_clean_by_the_repositorys_own_rules(tmp_path: Path) -> None:
+    for kind in scaffold.CODE:
+        scaffold.write(f"made-{kind}", kind, tmp_path)
+    config = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--config", str(config), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("slug", "kind", "message"),
+    [
+        ("Bad_Slug", "loss", "not a slug"),
+        ("fine", "lose", "did you mean 'loss'"),
+        ("pld", "loss", "a plugin of this name is installed"),
+    ],
+)
+def test_wrong_requests(slug: str, kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        scaffold.write(slug, kind, tmp_path)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        scaffold.write("mine", "loss", tmp_path)
