@@ -258,15 +258,20 @@ def new(slug: str, kind: str, into: Path) -> None:
 
 
 @plugin.command("check")
-@click.argument("name")
-def check_plugin(name: str) -> None:
-    """Conformance of an installed plugin, or of a plugin's folder."""
+@click.argument("name", metavar="SLUG|FOLDER")
+@click.option("--without", multiple=True, metavar="CHECK", help="Leave a check out; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Show the checks that passed, too.")
+def check_plugin(name: str, without: tuple[str, ...], everything: bool) -> None:
+    """Conformance of an installed plugin, or of a plugin's folder: what failed, and what was not looked at and why."""
     from kdcore.testing import check_plugin as check
 
-    findings = check(name)
+    findings = check(name, without=without)
     for finding in findings:
-        click.echo(finding)
-    if any(finding.failed for finding in findings):
+        if everything or finding.verdict != "passed":
+            click.echo(finding)
+    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("passed", "failed", "skipped")}
+    click.echo(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
+    if counts["failed"]:
         raise SystemExit(1)
 
 

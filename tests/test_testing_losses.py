@@ -96,8 +96,10 @@ GOOD = {
         "(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))"
     ),
     "projected": RELATIONS.replace(
-        '        s, t = F.normalize(student["embedding"]', '        s, t = F.normalize(self.project(student["embedding"])'
-    ).replace(
+        '        s, t = F.normalize(student["embedding"]',
+        '        s, t = F.normalize(self.project(student["embedding"])',
+    )
+    .replace(
         "    def forward",
         "    def setup(self) -> None:\n"
         "        width = 8\n"
@@ -106,7 +108,8 @@ GOOD = {
         "        )\n\n"
         "    def forward",
         1,
-    ).replace("    zero_at_teacher = True\n", ""),
+    )
+    .replace("    zero_at_teacher = True\n", ""),
 }
 FAULTS = [
     # planted in the plain divergence
@@ -128,7 +131,11 @@ FAULTS = [
     ("sample_independence", KL, [("/ temperature, -1", "/ temperature, 0")]),
     ("sample_independence", KL, [("kl * temp", "(kl * kl.detach() / kl.detach().mean()) * temp")]),
     ("sample_independence", KL, [("kl * temp", "(kl / kl.detach().std() * 9).mean() * temp")]),
-    ("batch_order", KL, [("kl * temp", "kl * torch.linspace(0.5, 1.5, len(kl)).view(-1, *[1] * (kl.dim() - 1)) * temp")]),
+    (
+        "batch_order",
+        KL,
+        [("kl * temp", "kl * torch.linspace(0.5, 1.5, len(kl)).view(-1, *[1] * (kl.dim() - 1)) * temp")],
+    ),
     ("batch_order", KL, [("kl * temp", "kl[0] * temp"), ("sum(-1)", "sum(-1).flatten()")]),
     ("batch_mean", KL, [("kl * temp", "kl / len(kl) * temp")]),
     ("batch_mean", KL, [("kl * temp", "kl.sum() * temp")]),
@@ -139,19 +146,59 @@ FAULTS = [
     ("determinism", KL, [("return kl", "return random.random() * kl")]),
     ("determinism", KL, [("return kl", "return np.random.default_rng().uniform() * kl")]),
     ("determinism", KL, [("return kl", "return (time.perf_counter() % 1) * kl")]),
-    ("hidden_state", KL, [("    log_q", "    loss.calls = getattr(loss, 'calls', 0) + 1\n    log_q"), ("return kl", "return kl / loss.calls")]),
-    ("hidden_state", "CALLS = [0]\n" + KL, [("    log_q", "    CALLS[0] += 1\n    log_q"), ("return kl", "return kl / CALLS[0]")]),
-    ("hidden_state", "DRAWS = torch.Generator().manual_seed(0)\n" + KL, [("return kl", "return kl * torch.rand((), generator=DRAWS)")]),
+    (
+        "hidden_state",
+        KL,
+        [
+            ("    log_q", "    loss.calls = getattr(loss, 'calls', 0) + 1\n    log_q"),
+            ("return kl", "return kl / loss.calls"),
+        ],
+    ),
+    (
+        "hidden_state",
+        "CALLS = [0]\n" + KL,
+        [("    log_q", "    CALLS[0] += 1\n    log_q"), ("return kl", "return kl / CALLS[0]")],
+    ),
+    (
+        "hidden_state",
+        "DRAWS = torch.Generator().manual_seed(0)\n" + KL,
+        [("return kl", "return kl * torch.rand((), generator=DRAWS)")],
+    ),
     ("inputs_untouched", KL, [("student_logits / temperature", "student_logits.div_(temperature)")]),
-    ("inputs_untouched", KL, [("*, temp", "batch: Batch, *, temp"), ("    log_q", "    batch['input'].zero_()\n    log_q")]),
-    ("inputs_untouched", KL, [("*, temp", "batch: Batch, *, temp"), ("    log_q", "    batch['target'] = batch['id']\n    log_q")]),
-    ("extremes", KL, [("F.log_softmax(student_logits / temperature, -1)", "F.softmax(student_logits / temperature, -1).log()")]),
+    (
+        "inputs_untouched",
+        KL,
+        [("*, temp", "batch: Batch, *, temp"), ("    log_q", "    batch['input'].zero_()\n    log_q")],
+    ),
+    (
+        "inputs_untouched",
+        KL,
+        [("*, temp", "batch: Batch, *, temp"), ("    log_q", "    batch['target'] = batch['id']\n    log_q")],
+    ),
+    (
+        "extremes",
+        KL,
+        [
+            (
+                "F.log_softmax(student_logits / temperature, -1)",
+                "F.softmax(student_logits / temperature, -1).log()",
+            )
+        ],
+    ),
     ("extremes", KL, [("return kl", "kl = kl.sqrt().square()\n    return kl")]),
     ("amp", KL, [("    log_q", "    torch.lerp(student_logits, teacher_logits.float(), 0.5)\n    log_q")]),
-    ("amp", KL, [("return kl", "kl = torch.zeros(kl.shape).index_add(0, torch.arange(len(kl)), kl)\n    return kl")]),
+    (
+        "amp",
+        KL,
+        [("return kl", "kl = torch.zeros(kl.shape).index_add(0, torch.arange(len(kl)), kl)\n    return kl")],
+    ),
     # in a loss with labels inside
     ("hard_term", LABELLED, [("hard_term=True", "")]),
-    ("hard_term", LABELLED, [("(1 - alpha) * F.cross_entropy(student_logits, target, reduction=\"none\") + ", "")]),
+    (
+        "hard_term",
+        LABELLED,
+        [('(1 - alpha) * F.cross_entropy(student_logits, target, reduction="none") + ', "")],
+    ),
     ("t_squared", LABELLED, [("tau**2 * ", "")]),
     ("class_count", LABELLED, [(".sum(-1)", ".mean(-1)")]),
     # in a loss of tokens
@@ -160,15 +207,34 @@ FAULTS = [
     ("mask", TOKENS, [("(kl * mask)", "kl")]),
     ("mask", TOKENS, [("(kl * mask)", "(kl * ~mask)")]),
     # in a loss with state
-    ("hidden_state", CENTRED, [("        target", "        self.centre.lerp_(teacher.logits.mean(0), self.rate)\n        target")]),
-    ("hidden_state", CENTRED, [("        target", "        self.calls += 1\n        target"), ("return -", "return -self.calls * ")]),
-    ("state_round_trip", CENTRED, [('self.register_buffer("centre", torch.zeros(classes))', "self.centre = torch.zeros(classes)")]),
+    (
+        "hidden_state",
+        CENTRED,
+        [("        target", "        self.centre.lerp_(teacher.logits.mean(0), self.rate)\n        target")],
+    ),
+    (
+        "hidden_state",
+        CENTRED,
+        [
+            ("        target", "        self.calls += 1\n        target"),
+            ("return -", "return -self.calls * "),
+        ],
+    ),
+    (
+        "state_round_trip",
+        CENTRED,
+        [('self.register_buffer("centre", torch.zeros(classes))', "self.centre = torch.zeros(classes)")],
+    ),
     ("state_round_trip", CENTRED, [("torch.zeros(classes))", "torch.zeros(classes), persistent=False)")]),
     ("events", CENTRED, [("after_step", "after_stepp")]),
     ("events", CENTRED, [("teachers: dict", "models: dict"), ('teachers["main"]', 'models["main"]')]),
     ("sample_independence", RELATIONS, [("    couples_batch = True\n", "")]),
     ("teacher_gradient", RELATIONS, [(".detach()", "")]),
-    ("batch_order", RELATIONS, [("s @ s.T - t @ t.T", "s @ s.T.roll(1, 0).tril() - t @ t.T.roll(1, 0).tril()")]),
+    (
+        "batch_order",
+        RELATIONS,
+        [("s @ s.T - t @ t.T", "s @ s.T.roll(1, 0).tril() - t @ t.T.roll(1, 0).tril()")],
+    ),
 ]
 
 
@@ -193,7 +259,9 @@ def test_good_losses_pass(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "code", "edits"), FAULTS, ids=[f"{i}-{f[0]}" for i, f in enumerate(FAULTS)])
-def test_fault_is_caught_by_its_check(name: str, code: str, edits: list[tuple[str, str]], tmp_path: Path) -> None:
+def test_fault_is_caught_by_its_check(
+    name: str, code: str, edits: list[tuple[str, str]], tmp_path: Path
+) -> None:
     for old, new in edits:
         assert old in code
         code = code.replace(old, new)

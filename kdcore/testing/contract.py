@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ from torch import Tensor
 from kdcore.checkpoint import load_state, save_state
 from kdcore.errors import InputError
 from kdcore.events import events_of
+from kdcore.testing.arguments import find
 from kdcore.testing.findings import BASICS, Failed, Skipped, check
 from kdcore.testing.subjects import Call, Subject
-from kdcore.testing.tensors import copied, differing, leaves, living, mapped, memory, same, statistics_aside, taken
+from kdcore.testing.tensors import (
+    copied,
+    differing,
+    leaves,
+    living,
+    mapped,
+    memory,
+    same,
+    statistics_aside,
+    taken,
+)
 
 COMPUTING = ("loss", "router", "student", "teacher", "augmentation")
 
@@ -24,7 +36,7 @@ COMPUTING = ("loss", "router", "student", "teacher", "augmentation")
 def runs(s: Subject) -> None:
     """A component must answer in a run like the one that it is made for. Do: give the plugin a recipe that
     names it, or the component a `conformance_sample` (docs/testing.md)."""
-    s.prepare()
+    find(s)
 
 
 @check(*COMPUTING, after=("runs",))
@@ -57,7 +69,11 @@ def hidden_state(s: Subject) -> None:
         component, train = s.fresh(), s.kind != "teacher"
         before = statistics_aside(component)
         first = s.answer(call, component, train=train)
-        s.answer(mapped(call.args, lambda p, t: t * 1.3 + 0.1 if t.is_floating_point() else t), component, train=train)
+        s.answer(
+            mapped(call.args, lambda p, t: t * 1.3 + 0.1 if t.is_floating_point() else t),
+            component,
+            train=train,
+        )
         if changed := differing(before, statistics_aside(component), rel=0):
             raise Failed(f"forward changed {', '.join(changed[:3])}")
         if differing(first, s.answer(call, component, train=train), rel=1e-6):
@@ -93,7 +109,7 @@ def inputs_untouched(s: Subject) -> None:
 def batch_order(s: Subject) -> None:
     """The order of a batch is random and means nothing. Do: give every sample its own term, whatever its place."""
     for call in s.calls:
-        order = torch.arange(_size(call)).roll(1).flip(0)
+        order = torch.arange(rows_of(s, call)).roll(1).flip(0)
         first, second = s.answer(call), s.answer(taken(call.args, order, call.size))
         if s.kind == "loss" and s.declared.couples_batch:
             first, second = ({k: t.sum() for k, t in each.items()} for each in (first, second))
@@ -110,8 +126,8 @@ def sample_independence(s: Subject) -> None:
     if s.kind == "loss" and s.declared.couples_batch:
         raise Skipped("declares couples_batch")
     for call in s.calls:
-        half = _size(call) // 2
-        other = mapped(call.args, lambda p, t, n=call.size, h=half: _changed_after(h, n, p, t))
+        half = rows_of(s, call) // 2
+        other = mapped(call.args, partial(_changed_after, half, call.size))
         first, second = s.answer(call), s.answer(other)
         for name, value in first.items():
             if value.dim() and len(value) == call.size and not same(value[:half], second[name][:half]):
@@ -133,7 +149,9 @@ def student_gradients(s: Subject, args: Mapping[str, Any], component: Any = None
     if not total.requires_grad:
         return {path: torch.zeros_like(root) for path, root in roots.items()}
     grads = torch.autograd.grad(total, list(roots.values()), allow_unused=True)
-    return {p: torch.zeros_like(r) if g is None else g for (p, r), g in zip(roots.items(), grads, strict=True)}
+    return {
+        p: torch.zeros_like(r) if g is None else g for (p, r), g in zip(roots.items(), grads, strict=True)
+    }
 
 
 @check(*COMPUTING)
@@ -171,13 +189,24 @@ def _changed_after(half: int, size: int, path: str, tensor: Tensor) -> Tensor:
     if not rows or not tensor.is_floating_point():
         return tensor
     new = tensor.clone()
-    new[half:] = 1.5 * tensor[half:].roll(1, 0) + 0.7 * torch.linspace(-1, 1, tensor[half:].numel()).view_as(tensor[half:])
+    new[half:] = 1.5 * tensor[half:].roll(1, 0) + 0.7 * torch.linspace(-1, 1, tensor[half:].numel()).view_as(
+        tensor[half:]
+    )
     return new
 
 
-def _size(call: Call) -> int:
+def rows_of(s: Subject, call: Call) -> int:
+    """The batch size of a call whose rows can be compared one by one."""
     if call.size < 2:
         raise Skipped("its batch has several streams, or one sample")
+    run = s.home.run
+    said = s.answer(call)
+    run.seed += 1
+    try:
+        if differing(said, s.answer(call), rel=0):
+            raise Skipped("it draws at random: its samples are alike in distribution alone")
+    finally:
+        run.seed -= 1
     return call.size
 
 

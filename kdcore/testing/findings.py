@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +19,7 @@ BASICS = ("runs", "term_shape", "weights_shape", "outputs", "frozen_eval", "dete
 """Checks whose failure makes the rest of a component's checks meaningless."""
 
 
-class Failed(AssertionError):
+class Failed(AssertionError):  # noqa: N818 - a verdict
     """Raised by a check: the contract is broken, and how."""
 
 
@@ -89,7 +89,9 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(*kinds: str, after: Sequence[str] = BASICS) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def check(
+    *kinds: str, after: Sequence[str] = BASICS
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register a rule for kinds (or ``plugin``). Its docstring says why it exists, then ``Do:`` what to do."""
 
     def register(rule: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -105,10 +107,10 @@ def checks_of(kind: str) -> list[Check]:
     return sorted(found, key=lambda each: BASICS.index(each.name) if each.name in BASICS else len(BASICS))
 
 
-def examine(kind: str, subject: Any, name: str) -> list[Finding]:
-    """Every check of a kind, in order; what rests on a failed one is skipped and says so."""
+def examine(kind: str, subject: Any, name: str, without: Collection[str] = ()) -> list[Finding]:
+    """Every check of a kind but some, in order; what rests on a failed one is skipped and says so."""
     found: dict[str, Finding] = {}
-    for each in checks_of(kind):
+    for each in [c for c in checks_of(kind) if c.name not in without]:
         broken = next((n for n in each.after if n != each.name and n in found and found[n].failed), None)
         if broken is None:
             found[each.name] = each(subject, name)
@@ -123,14 +125,18 @@ def excused(findings: Sequence[Finding], expected: Mapping[str, str], place: str
     for name, reason in expected.items():
         if name not in CHECKS or not reason.strip():
             hint = nearest(name, CHECKS)
-            raise InputError(f"{place}: expected_failures", "a known check and a reason are needed", given=name, hint=hint)
+            raise InputError(
+                f"{place}: expected_failures", "a known check and a reason are needed", given=name, hint=hint
+            )
         places = [i for i, each in enumerate(out) if each.check == name]
         failed = [i for i in places if out[i].failed]
         for i in failed:
             out[i] = replace(out[i], verdict="skipped", why=f"expected: {reason} ({out[i].why})")
         if places and not failed:
             why = f"expected to fail ({reason}), and did not"
-            out[places[0]] = replace(out[places[0]], verdict="failed", why=why, what_to_do="take the exception out")
+            out[places[0]] = replace(
+                out[places[0]], verdict="failed", why=why, what_to_do="take the exception out"
+            )
     return out
 
 
@@ -155,4 +161,5 @@ def reseed(seed: int) -> None:
 
 def random_state() -> tuple[Any, ...]:
     """The global generators' states, to compare."""
-    return torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[union-attr]
+    numpy: Any = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()

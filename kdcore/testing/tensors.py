@@ -97,7 +97,11 @@ def differing(a: Any, b: Any, rel: float = 1e-4) -> list[str]:
     """The paths at which two trees differ; ``rel = 0`` asks for the same bits."""
     one, two = leaves(a), leaves(b)
     missing = sorted(one.keys() ^ two.keys())
-    near = (lambda x, y: x.shape == y.shape and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))) if not rel else same
+    near = (
+        (lambda x, y: x.shape == y.shape and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
+        if not rel
+        else same
+    )
     return missing + [path for path in one if path in two and not near(one[path], two[path])]
 
 
@@ -111,7 +115,11 @@ def memory(component: Any) -> str:
     owners = [vars(component)]
     for each in [function] if function is not None else [type(component).forward]:
         cells = [c.cell_contents for c in getattr(each, "__closure__", None) or ()]
-        owners += [{"defaults": getattr(each, "__kwdefaults__", None), "cells": cells}, vars(each), vars(type(component))]
+        owners += [
+            {"defaults": getattr(each, "__kwdefaults__", None), "cells": cells},
+            vars(each),
+            vars(type(component)),
+        ]
         owners.append(getattr(each, "__globals__", {}))
     digest = hashlib.sha256()
     for text in _texts(owners, 0, set()):
@@ -143,12 +151,18 @@ def _texts(value: Any, depth: int, seen: set[int]) -> Iterator[str]:
         yield str(len(value))
         for each in value:
             yield from _texts(each, depth + 1, seen)
-    elif type(value).__repr__ is not object.__repr__ and not isinstance(value, ModuleType | type):
-        yield repr(value)[:200]  # an itertools.count shows where it is
+    elif " object at 0x" not in (text := repr(value)[:200]) and not isinstance(value, ModuleType | type):
+        yield text  # an itertools.count shows where it is
 
 
 def statistics_aside(module: Any) -> dict[str, Tensor]:
     """A module's state without the running statistics of batch norm, which torch itself moves in training."""
     norms = [n for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    skip = {f"{n}.{b}".strip(".") for n in norms for b in ("running_mean", "running_var", "num_batches_tracked")}
-    return {k: v.detach().clone() for k, v in module.state_dict().items() if isinstance(v, Tensor) and k not in skip}
+    skip = {
+        f"{n}.{b}".strip(".") for n in norms for b in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    return {
+        k: v.detach().clone()
+        for k, v in module.state_dict().items()
+        if isinstance(v, Tensor) and k not in skip
+    }
