@@ -57,7 +57,7 @@ class RunError(KDError):
     """A run that began and could not finish; the message says what was kept and how to go on."""
 
 
-class Interrupted(KDError):
+class Interrupted(KDError):  # noqa: N818 - a run that saved its state and left did not fail
     """The run was asked to stop (SIGTERM, Ctrl-C), saved its state and left."""
 
     exit_code = 3

@@ -80,19 +80,20 @@ class Registry:
             )
         raise self._missing(kind, name, bare, place)
 
-    def _missing(self, kind: str, name: str, bare: str, place: str) -> InputError:
-        slug = bare.split(".")[0]
+    def trouble(self, slug: str) -> str:
+        """Why an installed plugin of this name cannot be used: quarantine or block; empty where it can."""
         for fault in self.quarantine:
             if fault.entry.name == slug:
-                why = f"{kind} {name!r}: plugin {fault.entry.distribution} is in quarantine ({fault.phase}): {fault.error}"
-                return InputError(place, why, given=name, hint="kd plugins shows it; mend or uninstall it")
+                return f"plugin {fault.entry.distribution} is in quarantine ({fault.phase}): {fault.error}"
         if any(entry.name == slug for entry in self.blocked):
-            return InputError(
-                place,
-                f"{kind} {name!r} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS",
-                given=name,
-                hint="unset it",
-            )
+            return f"plugin {slug!r} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS"
+        return ""
+
+    def _missing(self, kind: str, name: str, bare: str, place: str) -> InputError:
+        slug = bare.split(".")[0]
+        if reason := self.trouble(slug):
+            hint = "unset the variable" if "KD_" in reason else "kd plugins shows it; mend or uninstall it"
+            return InputError(place, f"{kind} {name!r}: {reason}", given=name, hint=hint)
         names = sorted(self.offers.get(kind, {}))
         others = [k for k, offered in self.offers.items() if bare in offered]
         if others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import re
 import tomllib
@@ -11,15 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from kdcore import plugins
-from kdcore.errors import InputError
-from kdcore.signature import _in_words
-from kdcore.tables import Recipe, StageTable, Use
+from kdcore import catalog, plugins
+from kdcore.errors import InputError, cause, nearest
+from kdcore.hookspecs import GROUP
+from kdcore.tables import Recipe, StageTable, TrainTable, Use
+from kdcore.validation import check_model
 
 MAX_BYTES = 1_000_000
-NESTED_TABLES = ("student", "teacher", "router", "augmentation", "task", "loss", "data", "train", "report", "probe")
+NESTED_TABLES = (
+    "student",
+    "teacher",
+    "router",
+    "augmentation",
+    "task",
+    "loss",
+    "data",
+    "train",
+    "report",
+    "probe",
+)
+_KEY = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
+_HEADER = re.compile(rf"(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]\]?\s*(?:#.*)?")
+_VALUE = re.compile(rf"({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
 
 
 @dataclass(frozen=True)
@@ -29,28 +43,27 @@ class Source:
     tree: dict[str, Any]
     path: str = ""
     text: str = ""
+    overrides: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         return Path(self.path).resolve().parent if self.path else Path.cwd()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return Source(copy.deepcopy(self.tree), self.path, self.text)
-
 
 def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Source:
     """A recipe from a file, ``slug`` or ``slug:recipe`` of an installed plugin, or a mapping; overrides applied."""
+    given = tuple(overrides)
     if isinstance(where, Mapping):
-        source = Source(copy.deepcopy(dict(where)))
+        source = Source(_copied(where), overrides=given)
     else:
         path = _resolve(os.fspath(where))
         text = _text(path)
         try:
-            source = Source(tomllib.loads(text), str(path), text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise InputError(str(path), f"not valid TOML: {error}") from None
-        source.tree.setdefault("name", path.stem)
-    for override in overrides:
+            source = Source(tomllib.loads(text), str(path), text, given)
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+            raise InputError(str(path), f"not valid TOML: {cause(error)}") from None
+        source.tree.setdefault("name", _title(path.stem))
+    for override in given:
         _override(source.tree, override)
     return source
 
@@ -66,22 +79,30 @@ def check(source: Source) -> Recipe:
 
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
-    if not tree.get("student"):
-        empty = not set(tree) - {"name"}
-        raise InputError("", "the recipe is empty" if empty else "the recipe has no [student]", hint="kd schema shows one")
-    if "data" not in tree:
-        raise InputError("", "the recipe has no [data]", hint='[data] with source = "package.module:callable"')
-    try:
-        return Recipe.model_validate(dict(tree))
-    except ValidationError as error:
-        raise _in_words(error, Recipe, "", "the recipe") from None
+    if not set(tree) - {"name"}:
+        raise InputError(
+            "", "the recipe is empty", hint="it needs at least [data] and [student]; kd schema shows all"
+        )
+    return check_model(Recipe, tree, "", "the recipe")
 
 
 def check_names(recipe: Recipe) -> None:
     """Every ``use`` is installed, and what refers to a teacher, a stage or a stream of the recipe exists."""
-    registry = plugins.registry()
+    names = [stage_name(stage, i) for i, stage in enumerate(recipe.stage)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InputError(f"stage.{index}.name", "two stages have this name", given=name)
+    for prefix, view in views(recipe):
+        try:
+            _check_references(view)
+        except InputError as error:
+            error.place = prefix + error.place
+            raise
     for place, kind, table in components(recipe):
-        registry.find(kind, table.use, f"{place}.use")
+        plugins.registry().find(kind, table.use, f"{place}.use")
+
+
+def _check_references(recipe: Recipe) -> None:
     if recipe.data.use == "module" and not recipe.data.source:
         raise InputError("data.source", "missing", allowed="package.module:callable")
     if recipe.train.epochs and recipe.train.steps:
@@ -91,15 +112,34 @@ def check_names(recipe: Recipe) -> None:
         _known(wanted, recipe.teacher, f"loss.{index}.teacher", "teacher")
     if recipe.router:
         _known(recipe.router.teachers or [], recipe.teacher, "router.teachers", "teacher")
-    names = [stage_name(stage, i) for i, stage in enumerate(recipe.stage)]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise InputError(f"stage.{index}.name", "two stages have this name", given=name)
-        parse_stage(recipe, recipe.stage[index], f"stage.{index}")
+    for name, teacher in recipe.teacher.items():
+        if name == "student":
+            raise InputError(
+                "teacher.student", "a teacher may not be called so", hint="the name is the student's"
+            )
+        if teacher.train is not None:
+            teacher_train(recipe, name)
 
 
 def components(recipe: Recipe) -> Iterator[tuple[str, str, Use]]:
-    """(place, kind, table) of each component that the recipe names, in its order."""
+    """(place, kind, table) of each component that the recipe or one of its stages names, in its order."""
+    for prefix, view in views(recipe):
+        own: set[str] = {*NESTED_TABLES, "stage", "export"}
+        if prefix:
+            own = set(recipe.stage[int(prefix.split(".")[1])].params)
+        for place, kind, table in _own_components(view):
+            if place.split(".")[0] in own:
+                yield prefix + place, kind, table
+
+
+def views(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """(prefix of places, recipe): the recipe itself, then as each of its stages sees it."""
+    yield "", recipe
+    for index, stage in enumerate(recipe.stage):
+        yield f"stage.{index}.", parse_stage(recipe, stage, f"stage.{index}")
+
+
+def _own_components(recipe: Recipe) -> Iterator[tuple[str, str, Use]]:
     yield "student", "student", recipe.student
     for name, table in recipe.teacher.items():
         yield f"teacher.{name}", "teacher", table
@@ -126,7 +166,16 @@ def parse_stage(recipe: Recipe, stage: StageTable, place: str) -> Recipe:
 
 
 def stage_name(stage: StageTable, index: int) -> str:
-    return stage.name or f"{index + 1}-{stage.use}"
+    return stage.name or f"{index + 1}-{stage.use.replace(':', '-')}"
+
+
+def teacher_train(recipe: Recipe, name: str) -> TrainTable:
+    """How a teacher is trained: its own ``train`` laid over the recipe's; its steps or epochs replace both."""
+    own = recipe.teacher[name].train or {}
+    base = recipe.train.model_dump(exclude_unset=True)
+    if "epochs" in own or "steps" in own:
+        base = {key: value for key, value in base.items() if key not in ("epochs", "steps")}
+    return check_model(TrainTable, merge(base, own), f"teacher.{name}.train", "the table")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,115 +186,194 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        out[key] = merge(old, value) if both and value.get("use", old.get("use")) == old.get("use") else value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("use", old.get("use")) == old.get("use")
+        ):
+            value = merge(old, value)
+        out[key] = value
     return out
 
 
 def located(error: InputError, source: Source) -> InputError:
-    """The error with the file and, where it can be found, the line of its place."""
-    if source.path and not error.source:
-        line = _line(source.text, error.place.split("."))
-        error.source = f"{source.path}, line {line}" if line else source.path
+    """The error with the override, or else the file and (where it can be found) the line, of its place."""
+    if error.source:
+        return error
+    steps = error.place.split(".") if error.place else []
+    for text in reversed(source.overrides):
+        path = text.partition("=")[0].strip().split(".")
+        if steps[: len(path)] == path:
+            error.source = f"the override {text}"
+            return error
+    line = _line(source.text, steps)
+    error.source = f"{source.path}, line {line}" if line else source.path
     return error
 
 
 def recipes_of(slug: str) -> list[Path]:
     """The recipes (TOML files) beside an installed plugin's entry-point module, by name."""
-    import importlib.util
+    found: set[Path] = set()
+    for entry in plugins.registry().entries:
+        if entry.name == slug and entry.distribution != GROUP:
+            folders = _package_folders(entry.target)
+            found |= {path for folder in folders for path in Path(folder).glob("*.toml")}
+    return sorted(found)
 
-    entry = next((e for e in plugins.registry().entries if e.name == slug), None)
-    found = importlib.util.find_spec(entry.target) if entry else None
-    return sorted(Path(found.origin).parent.glob("*.toml")) if found and found.origin else []
+
+def _package_folders(module: str) -> list[str]:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):  # a plugin in quarantine may be anything
+        return []
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def _resolve(where: str) -> Path:
-    path = Path(where).expanduser()
-    if path.is_dir():
-        raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
-    if path.exists():
-        return path
+    try:
+        path = Path(where).expanduser()
+        if path.is_dir():
+            raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(where, f"not a usable path: {cause(error)}") from None
     slug, _, name = where.partition(":")
-    if re.fullmatch(r"[a-z][a-z0-9-]*", slug):
-        found = recipes_of(slug)
-        for each in found:
-            if not name or each.stem == name:
-                return each
-        if found:
-            raise InputError(where, f"plugin {slug!r} has no recipe {name!r}", allowed=[p.stem for p in found])
-        for kind in ("loss", "student", "router", "augmentation", "stage", "probe", "teacher"):
-            if not path.suffix:
-                plugins.registry().find(kind, slug, where)
-                break
-    raise InputError(where, "no such recipe file", hint="a path to a .toml file, or SLUG:RECIPE of an installed plugin")
+    for each in recipes_of(slug):
+        if not name or each.stem == name:
+            return each
+    raise _no_recipe(where, slug, name)
+
+
+def _no_recipe(where: str, slug: str, name: str) -> InputError:
+    """What to say of a name that is neither a file nor a plugin's recipe."""
+    registry = plugins.registry()
+    if reason := registry.trouble(slug):
+        return InputError(where, reason, hint="kd plugins shows it")
+    names = [path.stem for path in recipes_of(slug)]
+    if names:
+        return InputError(
+            where, f"plugin {slug!r} has no recipe {name!r}", allowed=names, hint=nearest(name, names)
+        )
+    if any(entry.name == slug for entry in registry.entries) or any(
+        slug in offered for offered in registry.offers.values()
+    ):
+        return InputError(
+            where, f"{slug!r} is installed and brings no recipe", hint="name a .toml file that uses it"
+        )
+    if known := catalog.method(slug):
+        return InputError(where, f"{slug!r} is not installed", hint=catalog.how_to_get(known))
+    near = nearest(where, [*(entry.name for entry in registry.entries), *catalog.slugs()])
+    help_text = near or nearest(where, (str(path) for path in Path().glob("*.toml")))
+    return InputError(
+        where,
+        "no such recipe",
+        allowed="a path to a .toml file, or SLUG:RECIPE of an installed plugin",
+        hint=help_text,
+    )
 
 
 def _text(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise InputError(str(path), "too large for a recipe", given=path.stat().st_size, allowed=f"{MAX_BYTES} bytes")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        return raw.decode("utf-8")
     except OSError as error:
         raise InputError(str(path), f"cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise InputError(str(path), "too large for a recipe", allowed=f"at most {MAX_BYTES} bytes")
+    try:
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _title(stem: str) -> str:
+    """A file's name as a run's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).lstrip("-_.")[:80] or "run"
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(dict(tree))
+    except Exception as error:
+        raise InputError("", f"the recipe cannot be copied: {cause(error)}") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
     """Apply ``train.epochs=5`` or ``loss.0.temperature=2`` in place; a value that is no TOML is a string."""
     path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise InputError(text, "not an override", allowed="key.path=value, for example train.epochs=5")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    node: Any = tree
     steps = path.strip().split(".")
+    if not equals or not all(steps):
+        raise InputError(text, "not an override", allowed="key.path=value, for example train.epochs=5")
+    node: Any = tree
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1
+        key: Any = step
         if isinstance(node, list):
-            if not step.isdigit() or int(step) >= len(node):
-                raise InputError(path, f"there is no number {step} here", allowed=f"0 to {len(node) - 1}")
-            if last:
-                node[int(step)] = parsed
-            node = node[int(step)]
-        elif isinstance(node, dict):
-            if last:
-                node[step] = parsed
-            node = node.setdefault(step, {})
-        else:
+            key = _position(step, len(node), path)
+        elif not isinstance(node, dict):
             raise InputError(path, f"{'.'.join(steps[:depth])} is a value, not a table", given=node)
+        if last:
+            node[key] = _value(value)
+        else:
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+
+
+def _position(step: str, length: int, path: str) -> int:
+    found = int(step) if step.isascii() and step.isdigit() and len(step) < 10 else length
+    if found >= length:
+        allowed = f"0 to {length - 1}" if length else "none: the array is empty"
+        raise InputError(path, f"there is no number {step} here", allowed=allowed)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        tree = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return tree["v"] if len(tree) == 1 else text
 
 
 def _known(wanted: Iterable[str], have: Mapping[str, Any], place: str, what: str) -> None:
-    from kdcore.errors import nearest
-
     for name in wanted:
         if name not in have:
-            raise InputError(place, f"no {what} of this name", given=name, allowed=list(have), hint=nearest(name, have))
+            hint = nearest(name, have)
+            raise InputError(
+                place, f"no {what} of this name", given=name, allowed=list(have) or "none", hint=hint
+            )
 
 
 def _line(text: str, steps: list[str]) -> int | None:
     """The line of the deepest part of a dotted place that can be found in the text (1-based)."""
     best, seen = None, 0
     header: list[str] = []
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, ...], int] = {}
     for number, row in enumerate(text.splitlines(), 1):
         row = row.strip()
-        if match := re.match(r"\[\[?([^\]]+)\]", row):
-            header = [part.strip().strip("\"'") for part in match[1].split(".")]
-            if row.startswith("[["):
-                key = ".".join(header)
-                counts[key] = counts.get(key, -1) + 1
-                header = [*header, str(counts[key])]
-            here = header
-        elif match := re.match(r"([\w.\"'-]+)\s*=", row):
-            here = [*header, *(part.strip("\"'") for part in match[1].split("."))]
+        if match := _HEADER.fullmatch(row):
+            here = header = _header(_parts(match[2]), match[1] == "[[", counts)
+        elif match := _VALUE.match(row):
+            here = [*header, *_parts(match[1])]
         else:
             continue
         if here == steps[: len(here)] and len(here) > seen:
             best, seen = number, len(here)
     return best
+
+
+def _header(parts: list[str], double: bool, counts: dict[tuple[str, ...], int]) -> list[str]:
+    """The place of a header: with the number of each array's table that it stands in."""
+    here: list[str] = []
+    for index, part in enumerate(parts):
+        here.append(part)
+        key = tuple(here)
+        if double and index == len(parts) - 1:
+            counts[key] = counts.get(key, -1) + 1
+        if key in counts:
+            here.append(str(counts[key]))
+    return here
+
+
+def _parts(dotted: str) -> list[str]:
+    return [part.strip("\"'") for part in re.findall(_KEY, dotted)]

@@ -9,15 +9,18 @@ from __future__ import annotations
 import collections.abc
 import importlib
 import inspect
+import pkgutil
+import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, cause, nearest
+from kdcore.validation import check_model, members
 
 _EMPTY = inspect.Parameter.empty
 _KINDS = ("Teacher", "Student", "Router", "Loss", "Augmentation", "Stage", "Probe")
@@ -25,7 +28,7 @@ _KINDS = ("Teacher", "Student", "Router", "Loss", "Augmentation", "Stage", "Prob
 
 @dataclass(frozen=True)
 class Schema:
-    """What a callable takes. ``tensors``: names bound from the models' outputs; ``open``: takes any keyword."""
+    """What a callable takes. ``tensors``: names bound from models' outputs; ``open``: takes any keyword."""
 
     name: str
     params: dict[str, inspect.Parameter] = field(default_factory=dict)
@@ -35,35 +38,36 @@ class Schema:
 
     @cached_property
     def model(self) -> type[BaseModel]:
-        """The pydantic model: strict types, unknown keys refused unless the callable takes any keyword."""
-        fields: dict[str, Any] = {
-            n: (_field_type(p.annotation), ... if p.default is _EMPTY else p.default) for n, p in self.params.items()
-        }
+        """The pydantic model: strict types, unknown keys refused unless the callable takes any keyword.
+
+        Its fields are aliases, so a parameter may have any name (``copy``, ``model_dump``, ``_x``).
+        """
         config = ConfigDict(
             extra="allow" if self.open else "forbid",
             strict=True,
             arbitrary_types_allowed=True,
-            protected_namespaces=(),
             allow_inf_nan=False,
         )
-        return create_model(_identifier(self.name), __config__=config, **fields)
+        fields: dict[str, Any] = {}
+        for index, (name, p) in enumerate(self.params.items()):
+            default = ... if p.default is _EMPTY else p.default
+            fields[f"p{index}"] = (_field_type(p.annotation), Field(default, alias=name))
+        try:
+            return create_model(
+                "".join(c if c.isalnum() else "_" for c in self.name), __config__=config, **fields
+            )
+        except Exception as error:  # pydantic has many ways to say that it cannot use an annotation
+            raise InputError("", f"{self.name}: its signature makes no schema: {cause(error)}") from error
 
     def nested(self, name: str) -> str | None:
-        """The kind in lower case, when parameter ``name`` is typed as one and so takes a table with ``use``."""
-        for each in _members(self.params[name].annotation):
-            for base in inspect.getmro(each) if inspect.isclass(each) else ():
-                if base.__module__ == "kdcore.kinds" and base.__name__ in _KINDS:
-                    return base.__name__.lower()
-        return None
+        """The kind in lower case, when ``name`` is typed as one or an array of one: it takes ``use``."""
+        return next(filter(None, map(_kind, _leaves(self.params[name].annotation))), None)
 
     def is_callable(self, name: str) -> bool:
-        return any(
-            each is collections.abc.Callable or typing.get_origin(each) is collections.abc.Callable
-            for each in _members(self.params[name].annotation)
-        )
+        return any(each is collections.abc.Callable for each in _leaves(self.params[name].annotation))
 
     def validate(self, given: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """The parameters, checked; defaults are left to the callable. Nested kinds and callables stay as text."""
+        """The parameters that were given, checked. Nested kinds and callables stay as text."""
         if not self.open:
             for key in given:
                 if key not in self.params:
@@ -74,67 +78,36 @@ class Schema:
                         allowed=sorted(self.params) or "none",
                         hint=nearest(key, self.params),
                     )
-        plain = {
-            k: _as_declared(v, self.params[k].annotation if k in self.params else _EMPTY) for k, v in given.items()
-        }
-        return check_model(self.model, plain, place, self.name)
-
-
-def check_model(model: type[BaseModel], given: Mapping[str, Any], place: str, what: str) -> dict[str, Any]:
-    """``given`` as the model has it (only the keys that were given), or an InputError that names the place."""
-    try:
-        checked = model.model_validate(dict(given))
-    except ValidationError as error:
-        raise _in_words(error, model, place, what) from None
-    return {key: getattr(checked, key) for key in given}
-
-
-def _in_words(error: ValidationError, model: type[BaseModel], place: str, what: str) -> InputError:
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    where = ".".join([place, *(str(part) for part in first["loc"])]).strip(".")
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    key = str(first["loc"][-1]) if first["loc"] else ""
-    names = _keys_at(model, first["loc"][:-1])
-    if first["type"] == "extra_forbidden":
-        return InputError(
-            where, f"unknown key of {what}{more}", given=first["input"], allowed=names, hint=nearest(key, names)
-        )
-    if first["type"] == "missing":
-        return InputError(where, f"{what} needs {key!r}{more}", hint=f"add {key} = ...")
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return InputError(where, f"{message}{more}", given=first["input"])
-
-
-def _keys_at(model: Any, path: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed at ``path`` inside a nested model."""
-    for step in path:
-        model = model.model_fields[step].annotation if hasattr(model, "model_fields") and step in model.model_fields else 0
-        model = next((m for m in _members(model) if hasattr(m, "model_fields")), 0)
-    return sorted(getattr(model, "model_fields", {}))
+        checked = check_model(self.model, given, place, self.name)
+        own = {name: f"p{index}" for index, name in enumerate(self.params)}
+        extra = checked.model_extra or {}
+        return {key: getattr(checked, own[key]) if key in own else extra[key] for key in given}
 
 
 def schema_of(target: Callable[..., Any], name: str, *, is_loss: bool = False) -> Schema:
     """The schema of a class or function. ``is_loss``: a function's positional arguments are tensors."""
     try:
-        function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+        function = _function(target)
         parameters = list(inspect.signature(function).parameters.values())
         hints = _hints(function)
-    except (ValueError, TypeError, NameError) as error:
-        raise InputError("", f"{name}: its signature cannot be read: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError("", f"{name}: its signature cannot be read: {cause(error)}") from error
     if inspect.isclass(target):
         parameters = parameters[1:]
-    parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+    parameters = [p.replace(annotation=hints.get(p.name, _untyped(p))) for p in parameters]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_tensors = is_loss and not inspect.isclass(target)
+    tensors = [p for p in parameters if p.kind in positional] if takes_tensors else []
+    for each in tensors:
+        if each.default is not _EMPTY and each.default is not None:
+            raise InputError(
+                "", f"{name}: {each.name!r} has a default: a loss function's parameters follow a *"
+            )
+    wanted = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, *positional) and p not in tensors]
     return Schema(
         name,
-        {
-            p.name: p
-            for p in parameters
-            if p.kind is p.KEYWORD_ONLY or (p.kind in positional and not takes_tensors)
-        },
-        tuple(p.name for p in parameters if p.kind in positional) if takes_tensors else (),
+        {p.name: p for p in wanted},
+        tuple(p.name for p in tensors),
         any(p.kind is p.VAR_KEYWORD for p in parameters),
         inspect.getdoc(target) or "",
     )
@@ -142,56 +115,92 @@ def schema_of(target: Callable[..., Any], name: str, *, is_loss: bool = False) -
 
 def import_string(text: Any, place: str) -> Any:
     """What ``package.module:attribute`` names, or an InputError."""
-    module, _, attribute = str(text).partition(":")
+    module, _, attribute = text.partition(":") if isinstance(text, str) else ("", "", "")
     if not module or not attribute:
         raise InputError(place, "not an import string", given=text, allowed="package.module:attribute")
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:  # somebody's module may raise anything
-        raise InputError(
-            place, f"cannot import {module!r}: {type(error).__name__}: {error}", given=text
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InputError(
-                place, f"{module!r} has no {part!r}", given=text, hint=nearest(part, [n for n in dir(found) if n[0] != "_"])
-            )
-        found = getattr(found, part)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                names = [n for n in dir(found) if not n.startswith("_")]
+                raise InputError(place, f"{module!r} has no {part!r}", given=text, hint=nearest(part, names))
+            found = getattr(found, part)
+    except InputError as error:
+        error.place = error.place or place
+        raise
+    except (Exception, SystemExit) as error:  # somebody's module may raise anything
+        hint = _near_module(module) if isinstance(error, ModuleNotFoundError) else None
+        raise InputError(place, f"cannot import {module!r}: {cause(error)}", given=text, hint=hint) from error
     return found
 
 
+def _near_module(name: str) -> str | None:
+    """A hint for the first part of a dotted module name that does not exist."""
+    paths: Any = None
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        names = [m.name for m in pkgutil.iter_modules(paths)]
+        if part not in names:
+            return nearest(".".join(parts[: index + 1]), [".".join([*parts[:index], n]) for n in names])
+        paths = getattr(importlib.import_module(".".join(parts[: index + 1])), "__path__", [])
+    return None
+
+
+def _function(target: Callable[..., Any]) -> Callable[..., Any]:
+    """The function whose arguments count; a class without an ``__init__`` of its own takes none."""
+    if not inspect.isclass(target):
+        return target
+    own = target.__init__
+    inherited = own is object.__init__ or own.__module__ == "torch.nn.modules.module"
+    return (lambda self: None) if inherited else own
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations, resolved; one that does not (a name under TYPE_CHECKING) leaves the others be."""
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # third-party annotations that do not resolve: untyped is better than refused
-        return {}
+    except Exception:
+        function = inspect.unwrap(function)
+        each = getattr(function, "__annotations__", {})
+        scope = getattr(function, "__globals__", {})
+        return dict(item for name, text in each.items() for item in _hint(name, text, scope))
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a union, with Annotated taken off."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, getattr(__import__("types"), "UnionType", None)):
-        return [m for each in typing.get_args(annotation) for m in _members(each)]
-    return [annotation]
+def _hint(name: str, text: Any, scope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    holder = types.SimpleNamespace(__annotations__={name: text})
+    try:
+        yield from typing.get_type_hints(holder, scope, include_extras=True).items()
+    except Exception:  # third-party annotations may be anything: untyped is better than refused
+        return
+
+
+def _untyped(parameter: inspect.Parameter) -> Any:
+    return _EMPTY if isinstance(parameter.annotation, str) else parameter.annotation
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The plain types inside unions, Annotated and containers; every Callable[...] as Callable."""
+    found = []
+    for each in members(annotation):
+        origin, inner = typing.get_origin(each), typing.get_args(each)
+        if collections.abc.Callable in (each, origin):
+            found.append(collections.abc.Callable)
+        elif origin in (list, tuple, collections.abc.Sequence):
+            found += [leaf for part in inner for leaf in _leaves(part)]
+        else:
+            found.append(each)
+    return found
+
+
+def _kind(annotation: Any) -> str | None:
+    """``loss`` for the class Loss or one that is derived from it, and so on for each kind."""
+    bases = inspect.getmro(annotation) if inspect.isclass(annotation) else ()
+    return next(
+        (b.__name__.lower() for b in bases if b.__module__ == "kdcore.kinds" and b.__name__ in _KINDS), None
+    )
 
 
 def _field_type(annotation: Any) -> Any:
-    if annotation is _EMPTY:
-        return Any
-    for each in _members(annotation):
-        origin = typing.get_origin(each) or each
-        if origin is collections.abc.Callable or (inspect.isclass(each) and each.__module__ == "kdcore.kinds"):
-            return Any
-    return annotation
-
-
-def _as_declared(value: Any, annotation: Any) -> Any:
-    """TOML has arrays, not tuples, and writes 1 for 1.0."""
-    if isinstance(value, list) and any((typing.get_origin(m) or m) is tuple for m in _members(annotation)):
-        return tuple(value)
-    return value
-
-
-def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """What pydantic checks: anything, where ``Builder`` still has to import or build what was given."""
+    built = (each is collections.abc.Callable or _kind(each) for each in _leaves(annotation))
+    return Any if annotation is _EMPTY or any(built) else annotation

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# names become files, folders and modules: nothing that leaves the run folder or that a module's name forbids
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 
 
 class Table(BaseModel):
@@ -35,13 +38,19 @@ class Ramp(Table):
     begin: Annotated[float, Field(ge=0, le=1)] = 0.0
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Ramp:
+        if self.begin >= self.until:
+            raise ValueError(f"begin ({self.begin:g}) must be before until ({self.until:g})")
+        return self
+
     def at(self, progress: float) -> float:
-        share = (progress - self.begin) / max(self.until - self.begin, 1e-12)
+        share = (progress - self.begin) / (self.until - self.begin)
         return self.start + (self.end - self.start) * min(max(share, 0.0), 1.0)
 
 
 class LossTable(Use):
-    name: str | None = None
+    name: Name | None = None
     weight: Annotated[float, Field(ge=0)] | Ramp = 1.0
     teacher: str | list[str] | None = None
     stream: str | list[str] | None = None
@@ -68,12 +77,12 @@ class RouterTable(Use):
 
 
 class AugmentationTable(Use):
-    name: str | None = None
+    name: Name | None = None
     optimizer: Use | None = None
 
 
 class StageTable(Use):
-    name: str | None = None
+    name: Name | None = None
 
 
 class DataTable(Table):
@@ -128,12 +137,12 @@ class ReportTable(Table):
 class Recipe(Table):
     """A whole recipe. See docs/recipes.md for each key."""
 
-    name: str = "run"
+    name: Title = "run"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: DataTable
     student: StudentTable
-    teacher: dict[str, TeacherTable] = {}
+    teacher: dict[Name, TeacherTable] = {}
     router: RouterTable | None = None
     augmentation: list[AugmentationTable] = []
     task: TaskTable = TaskTable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from kdcore.errors import InputError, Interrupted, KDError, RunError, cause, nearest
 
 
@@ -80,11 +81,11 @@ def test_nearest_finds_a_misspelling_and_nothing_where_nothing_is_near() -> None
 
 
 def test_cause_is_one_line_even_for_an_exception_whose_message_fails() -> None:
-    class Broken(Exception):
+    class BrokenError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("no")
 
     assert cause(ValueError("first\n  second")) == "ValueError: first second"
     assert cause(SystemExit()) == "SystemExit"
-    assert cause(Broken()) == "Broken"
+    assert cause(BrokenError()) == "BrokenError"
     assert len(cause(ValueError("x" * 5000))) < 330
