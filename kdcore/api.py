@@ -207,9 +207,15 @@ def _open_folder(folder: Path, source: recipes.Source, recipe: Recipe, resume: b
         before = tomllib.loads(lock.read_text("utf-8"))
         difference = _difference(before, tree)
         if not resume:
-            raise InputError(str(folder), "this folder holds a run already", hint="--resume goes on with it; --out NAME starts another")
+            raise InputError(
+                str(folder), "this folder holds a run already", hint="--resume, or another --out"
+            )
         if difference and not force:
-            raise InputError(str(folder), f"the recipe changed since the run began: {difference}", hint="undo it, or --force")
+            raise InputError(
+                str(folder),
+                f"the recipe changed since the run began: {difference}",
+                hint="undo it, or --force",
+            )
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(str(folder), "not empty, and no run folder", hint="name another --out")
     try:
@@ -217,7 +223,9 @@ def _open_folder(folder: Path, source: recipes.Source, recipe: Recipe, resume: b
         with replacing(lock) as draft:
             draft.write_text(tomli_w.dumps(tree), "utf-8")
     except OSError as error:
-        raise InputError(str(folder), f"cannot be written: {error.strerror}", hint="name another --out") from None
+        raise InputError(
+            str(folder), f"cannot be written: {error.strerror}", hint="name another --out"
+        ) from None
     parallel.barrier()
 
 
@@ -248,7 +256,9 @@ def _refuse_callables(tree: Any, place: str = "") -> None:
         for index, value in enumerate(tree):
             _refuse_callables(value, f"{place}.{index}")
     elif isinstance(tree, str) and ":" in tree and not tree.startswith("kdcore.") and _is_import(tree):
-        raise InputError(place, "names code, and --plugins-only allows installed components alone", given=tree)
+        raise InputError(
+            place, "names code, and --plugins-only allows installed components alone", given=tree
+        )
 
 
 def _is_import(text: str) -> bool:

@@ -269,7 +269,9 @@ def check_plugin(name: str, without: tuple[str, ...], everything: bool) -> None:
     for finding in findings:
         if everything or finding.verdict != "passed":
             click.echo(finding)
-    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("passed", "failed", "skipped")}
+    counts = {
+        verdict: sum(f.verdict == verdict for f in findings) for verdict in ("passed", "failed", "skipped")
+    }
     click.echo(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
     if counts["failed"]:
         raise SystemExit(1)

@@ -93,14 +93,18 @@ class Student(Kind):
     def infer(self, outputs: Outputs) -> dict[str, Tensor]:
         """The inference rule: what metrics judge and what the exported graph returns."""
         if outputs.logits is None:
-            raise InputError("student", f"{type(self).__name__} gives no logits, so it needs infer() of its own")
+            raise InputError(
+                "student", f"{type(self).__name__} gives no logits, so it needs infer() of its own"
+            )
         return {"logits": outputs.logits}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the exported graph takes, by name."""
         raise NotImplementedError(f"{type(self).__name__} has no inputs(batch): it cannot be exported")
 
-    def shapes(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
+    def shapes(
+        self, inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
         """Shapes of the graph's inputs, with names for the axes that may vary, and each such axis's range."""
         return {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}, {"batch": (1, 64)}
 
@@ -144,7 +148,9 @@ class Router(Kind):
     def forward(
         self, batch: Batch, student: Outputs, teachers: Mapping[str, Outputs]
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError(f"{type(self).__name__} has no forward(batch, student, teachers) -> weights")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward(batch, student, teachers) -> weights"
+        )
 
 
 class Loss(Kind):
@@ -177,7 +183,9 @@ class FunctionLoss(Loss):
     name is the student's aligned ``target`` or ``mask``, else a value of the batch.
     """
 
-    def __init__(self, function: Callable[..., Terms], tensors: tuple[str, ...], params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Terms], tensors: tuple[str, ...], params: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.function, self.params, self.tensors = function, dict(params), tensors
         for name in CONVENTIONS:
@@ -197,17 +205,23 @@ class FunctionLoss(Loss):
         from kdcore.functional import chunked
 
         if teacher.unembed is None:
-            raise InputError("loss", "the student gives hidden states, the teacher logits", hint="unembed = true on both")
+            raise InputError(
+                "loss", "the student gives hidden states, the teacher logits", hint="unembed = true on both"
+            )
         sides = ("student_logits", "teacher_logits")
         if self.tensors[: len(sides)] != sides:
             raise InputError("loss", f"a loss on hidden states must begin with {sides}", given=self.tensors)
         rest = {name: _bound(name, student, teacher, batch) for name in self.tensors[2:]}
         assert student.unembed is not None
         function: Any = self.function
-        return chunked(function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params)
+        return chunked(
+            function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params
+        )
 
     def extra_repr(self) -> str:
-        return ", ".join([getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())])
+        return ", ".join(
+            [getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())]
+        )
 
 
 def _bound(name: str, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
@@ -319,7 +333,9 @@ def as_outputs(result: Any) -> Outputs:
         return Outputs(logits=result)
     if isinstance(result, Mapping):
         known = {key: result[key] for key in ("logits", "mask", "target", "unembed", "topk") if key in result}
-        return Outputs(**known, tensors={k: v for k, v in result.items() if k not in known and torch.is_tensor(v)})
+        return Outputs(
+            **known, tensors={k: v for k, v in result.items() if k not in known and torch.is_tensor(v)}
+        )
     raise InputError(
         "student",
         f"the model returned {type(result).__name__}",

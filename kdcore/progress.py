@@ -26,10 +26,17 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            "[progress.description]{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         console = Console(stderr=True)
         # a log file gets one line a training instead of a bar that redraws itself
-        with Bar(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal) as bar:
+        with Bar(
+            *columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal
+        ) as bar:
             self._bar, self._task = bar, bar.add_task(title, total=total, note="")
             yield
         if not console.is_terminal:

@@ -42,16 +42,22 @@ class Page:
         pairs = list(rows)
         self._markdown.append("".join(f"- **{term}**: {text}\n" for term, text in pairs))
         self._html.append(
-            "<ul>" + "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(x)}</li>" for t, x in pairs) + "</ul>"
+            "<ul>"
+            + "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(x)}</li>" for t, x in pairs)
+            + "</ul>"
         )
 
     def table(self, head: Row, rows: Iterable[Row]) -> None:
         shown = [[cell(value) for value in row] for row in rows]
         self._markdown.append("| " + " | ".join(map(str, head)) + " |")
         self._markdown.append("|" + " --- |" * len(head))
-        self._markdown += ["| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in shown] + [""]
+        self._markdown += ["| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in shown] + [
+            ""
+        ]
         body = "".join(f"<tr>{''.join(map(_td, row))}</tr>" for row in shown)
-        self._html.append(f"<table><tr>{''.join(f'<th>{html.escape(str(h))}</th>' for h in head)}</tr>{body}</table>")
+        self._html.append(
+            f"<table><tr>{''.join(f'<th>{html.escape(str(h))}</th>' for h in head)}</tr>{body}</table>"
+        )
 
     def image(self, name: str, png: bytes) -> None:
         self._markdown.append(f"![{name}]({name})\n")
@@ -122,7 +128,14 @@ def _models(page: Page, results: Mapping[str, Any], test: Mapping[str, Mapping[s
     for name in order:
         fit = results.get(name) or results.get("teachers", {}).get(name, {})
         values = [test[name].get(metric, "") for metric in metrics]
-        rows.append([labels.get(name, f"teacher {name}"), *values, results["parameters"].get(name, ""), fit.get("seconds", "")])
+        rows.append(
+            [
+                labels.get(name, f"teacher {name}"),
+                *values,
+                results["parameters"].get(name, ""),
+                fit.get("seconds", ""),
+            ]
+        )
     page.table(("model", *(m.replace("_", " ") for m in metrics), "parameters", "training seconds"), rows)
     if "baseline" not in test:
         page.text("The student alone was not trained: set report.baseline = true, or run kd compare.")
@@ -146,16 +159,23 @@ def _guards(page: Page, guards: Mapping[str, Any]) -> None:
     page.heading("Guards: every loss term, when it first acted")
     page.table(
         ("term", "step", "weight", "value", "gradient norm at the outputs", "share"),
-        [(r["term"], r["step"], r["weight"], r["value"], r["gradient_norm"], r["share"]) for r in guards["terms"]],
+        [
+            (r["term"], r["step"], r["weight"], r["value"], r["gradient_norm"], r["share"])
+            for r in guards["terms"]
+        ],
     )
     for warning in guards["warnings"]:
         page.text(warning, warn=True)
-    page.text("Frozen teachers: in eval mode and unchanged from the first step to the last (version counters).")
+    page.text(
+        "Frozen teachers: in eval mode and unchanged from the first step to the last (version counters)."
+    )
 
 
 def conventions(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
     page.heading("Loss conventions")
-    page.text("Sum over classes, mean over samples (tokens: over all supervised positions of the global batch).")
+    page.text(
+        "Sum over classes, mean over samples (tokens: over all supervised positions of the global batch)."
+    )
     page.table([key.replace("_", " ") for key in rows[0]], [list(row.values()) for row in rows])
 
 
@@ -175,7 +195,9 @@ def curves(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             metric = next(k for k in judged[0] if k.startswith("val/"))
             left.plot([r["step"] for r in judged], [r[metric] for r in judged], label=name)
             left.set_ylabel(metric)
-        terms = list(dict.fromkeys(k for r in rows for k in r if k not in ("step", "lr") and not k.startswith("val/")))
+        terms = list(
+            dict.fromkeys(k for r in rows for k in r if k not in ("step", "lr") and not k.startswith("val/"))
+        )
         for term in terms:
             points = [(r["step"], r[term]) for r in rows if term in r]
             right.plot(*zip(*points, strict=True), label=f"{name}: {term}", alpha=0.8)

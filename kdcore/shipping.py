@@ -44,7 +44,10 @@ def load_run(folder: Path) -> tuple[Recipe, StageRun]:
 
 
 def _artefacts(folder: Path) -> dict[str, Any]:
-    left = {path.parent.name: json.loads(path.read_text("utf-8")) for path in folder.glob("stages/*/artefacts.json")}
+    left = {
+        path.parent.name: json.loads(path.read_text("utf-8"))
+        for path in folder.glob("stages/*/artefacts.json")
+    }
     return {f"{stage}.{key}": value for stage, each in left.items() for key, value in each.items()}
 
 
@@ -112,7 +115,9 @@ def export(
     return {"artefact": str(destination), **rows}
 
 
-def bench(artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx") -> str:
+def bench(
+    artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx"
+) -> str:
     """The exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
     exporter = build.Builder(0).make("exporter", target, {}, "bench")
     student = teacher = None

@@ -69,7 +69,9 @@ class StageRun:
         if not over:
             return self
         if self.recipe.teacher[name].train is None:
-            raise InputError(f"teacher.{name}.data", "this teacher is not trained here", hint="add its train table")
+            raise InputError(
+                f"teacher.{name}.data", "this teacher is not trained here", hint="add its train table"
+            )
         try:
             recipe = parse(merge(self.recipe.model_dump(exclude_unset=True), {"data": over}))
             found = replace(self, recipe=recipe)
@@ -115,7 +117,9 @@ class StageRun:
             self.source,
             table,
             folder,
-            evaluate=lambda: evaluate(_Viewed(student, view), self.source.loader("val"), parts.task, self.device),
+            evaluate=lambda: evaluate(
+                _Viewed(student, view), self.source.loader("val"), parts.task, self.device
+            ),
             make_optimizer=lambda params: build.optimizer_of(table.optimizer, params, "train.optimizer"),
             optimizer_tables=build.optimizer_tables(self.recipe, parts) if parts.losses else {},
             identity=self.identity(name),
@@ -137,11 +141,18 @@ class StageRun:
         tree["train"].pop("checkpoint_every", None)
         return hashlib.sha256(repr((name, self.name, self.seed_offset, tree)).encode()).hexdigest()
 
-    def child(self, stage: Stage, name: str, over: Mapping[str, Any] | None = None, offset: int = 0) -> dict[str, Any]:
+    def child(
+        self, stage: Stage, name: str, over: Mapping[str, Any] | None = None, offset: int = 0
+    ) -> dict[str, Any]:
         """Run another stage inside this one, with its own folder and step counter."""
         recipe = self.recipe if not over else parse(merge(self.recipe.model_dump(exclude_unset=True), over))
         inner = StageRun(
-            recipe, f"{self.name}/{name}", self.folder / name, self.artefacts, self.progress, self.seed_offset + offset
+            recipe,
+            f"{self.name}/{name}",
+            self.folder / name,
+            self.artefacts,
+            self.progress,
+            self.seed_offset + offset,
         )
         inner.folder.mkdir(parents=True, exist_ok=True)
         return stage.run(inner)
@@ -160,7 +171,11 @@ class Distill(Stage):
         results: dict[str, Any] = {"teachers": {}}
         models: dict[str, Any] = {}
         builder = run.builder()
-        weights = {n: self._teacher(run, n, results, models) for n, t in recipe.teacher.items() if t.train is not None}
+        weights = {
+            n: self._teacher(run, n, results, models)
+            for n, t in recipe.teacher.items()
+            if t.train is not None
+        }
         if recipe.report.baseline:
             alone = build.assemble(recipe, run.source, run.builder(), with_losses=False)
             results["baseline"] = run.fit(alone, "baseline")
@@ -183,13 +198,17 @@ class Distill(Stage):
 
     def _teacher(self, run: StageRun, name: str, results: dict[str, Any], models: dict[str, Any]) -> Path:
         run, table = run.of_teacher(name), run.recipe.teacher[name]
-        train = TrainTable.model_validate(merge(run.recipe.train.model_dump(exclude_unset=True), table.train or {}))
+        train = TrainTable.model_validate(
+            merge(run.recipe.train.model_dump(exclude_unset=True), table.train or {})
+        )
         if table.train and ("epochs" in table.train) != ("steps" in table.train):
             train = train.model_copy(update={"steps" if "epochs" in table.train else "epochs": None})
         teacher: Teacher = run.builder().make("teacher", table.use, table.params, f"teacher.{name}")
         trainee = teacher.trainee()
         if trainee is None:
-            raise InputError(f"teacher.{name}.train", f"a teacher of use = {table.use!r} cannot be trained here")
+            raise InputError(
+                f"teacher.{name}.train", f"a teacher of use = {table.use!r} cannot be trained here"
+            )
         parts = Parts(trainee, Task(run.recipe.task, run.source.data.classes), task_streams=_streams(run))
         parts.views = {"student": table.view}
         results["teachers"][name] = run.fit(parts, f"teacher-{name}", train)
@@ -263,7 +282,11 @@ class Rounds(Stage):
     """Repeat a stage ``count`` times; round r's artefacts are ``name@r``, the last round's are ``name`` too."""
 
     def __init__(
-        self, *, count: Annotated[int, Field(gt=0)], body: str = "distill", tables: dict[str, Any] = {}  # noqa: B006
+        self,
+        *,
+        count: Annotated[int, Field(gt=0)],
+        body: str = "distill",
+        tables: dict[str, Any] = {},  # noqa: B006
     ) -> None:
         self.count, self.body, self.tables = count, body, tables
 
@@ -309,7 +332,9 @@ class Collect(Stage):
         if self.model == "student":
             return build.make_student(run.recipe, run.builder())
         if self.model not in run.recipe.teacher:
-            raise InputError("stage.model", "no such model", given=self.model, allowed=["student", *run.recipe.teacher])
+            raise InputError(
+                "stage.model", "no such model", given=self.model, allowed=["student", *run.recipe.teacher]
+            )
         table = run.recipe.teacher[self.model]
         teacher: nn.Module = run.builder().make("teacher", table.use, table.params, f"teacher.{self.model}")
         return teacher
@@ -346,7 +371,11 @@ def _refuse_batch_statistics(student: nn.Module) -> None:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for name, module in student.named_modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, SyncBatchNorm):
+        if (
+            isinstance(module, _BatchNorm)
+            and module.track_running_stats
+            and not isinstance(module, SyncBatchNorm)
+        ):
             raise InputError(
                 "student",
                 f"{name!r} has batch statistics: over {parallel.world()} processes each would see its own share",
@@ -357,5 +386,3 @@ def _refuse_batch_statistics(student: nn.Module) -> None:
 def _streams(run: StageRun) -> tuple[str, ...] | None:
     stream = run.recipe.task.stream
     return None if stream is None else (stream,) if isinstance(stream, str) else tuple(stream)
-
-

@@ -11,7 +11,9 @@ from kdcore.types import Component
 @hookimpl
 def kd_teachers() -> Iterator[Component]:
     yield Component("module", "kdcore.models:ModuleTeacher", "any torch module, from an import string")
-    yield Component("self", "kdcore.models:SelfTeacher", "the student itself: its initial, EMA or current weights")
+    yield Component(
+        "self", "kdcore.models:SelfTeacher", "the student itself: its initial, EMA or current weights"
+    )
 
 
 @hookimpl
@@ -27,6 +29,8 @@ def kd_losses() -> Iterator[Component]:
 
 @hookimpl
 def kd_stages() -> Iterator[Component]:
-    yield Component("distill", "kdcore.stages:Distill", "the standard procedure: teachers, student, evaluation")
+    yield Component(
+        "distill", "kdcore.stages:Distill", "the standard procedure: teachers, student, evaluation"
+    )
     yield Component("rounds", "kdcore.stages:Rounds", "repeat a stage, each round with its own artefacts")
     yield Component("collect", "kdcore.stages:Collect", "run a model over a split and keep what it says")

@@ -91,7 +91,9 @@ class Meter:
         if self.task.table.use == "regression" or name == "perplexity":
             return kind(ignore_index=-100) if name == "perplexity" else kind()
         if not classes:
-            raise InputError("data.source", f"metric {name!r} needs the number of classes", hint="set Data.classes")
+            raise InputError(
+                "data.source", f"metric {name!r} needs the number of classes", hint="set Data.classes"
+            )
         options: dict[str, Any] = {"task": "multiclass", "num_classes": classes}
         if name == "accuracy":
             options["average"] = "micro"
@@ -123,7 +125,9 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         """By name, in the task's order; without labels there is nothing to say."""
-        found = {name: float(metric.compute()) for name, metric in self._metrics.items()} if self.count else {}
+        found = (
+            {name: float(metric.compute()) for name, metric in self._metrics.items()} if self.count else {}
+        )
         if self._rows:
             found[LOSS] = self._loss / self._rows
         return {name: found[name] for name in self.task.metrics if name in found}
@@ -137,7 +141,10 @@ def _metric_class(name: str) -> Any:
     classes["perplexity"] = Perplexity
     if name not in classes:
         raise InputError(
-            "task.metrics", "no such metric in torchmetrics", given=name, hint=nearest(name, classes) or "snake_case"
+            "task.metrics",
+            "no such metric in torchmetrics",
+            given=name,
+            hint=nearest(name, classes) or "snake_case",
         )
     return classes[name]
 

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcore.errors import InputError, KDError
-
 from kd_exporter_onnx.artefact import Axis, TensorSpec
 from kd_exporter_onnx.errors import Refused, SpecError
 from kd_exporter_onnx.exporter import OnnxExporter
 from kd_exporter_onnx.preprocess import Preprocessing
 from kd_exporter_onnx.spec import ExportSpec
+from kdcore.errors import InputError, KDError
 
 if TYPE_CHECKING:
     from kdcore.kinds import ExportRequest
