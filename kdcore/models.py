@@ -87,8 +87,7 @@ class ModuleTeacher(Teacher):
         return as_outputs(self.module(*(batch[name] for name in self.input_names)))
 
     def trainee(self) -> Student:
-        student = ModuleStudent(model=lambda: self.module, inputs=list(self.input_names))
-        return student
+        return ModuleStudent(model=lambda: self.module, inputs=list(self.input_names))
 
 
 class SelfTeacher(Teacher):

@@ -106,7 +106,7 @@ class StageRun:
             return result
         if parallel.world() > 1:
             _refuse_batch_statistics(student)
-        distiller, run = self.context(parts)
+        distiller, _ = self.context(parts)
         distiller.guards.enabled = self.recipe.report.guards
         folder.mkdir(parents=True, exist_ok=True)
         if table.compile:
