@@ -134,7 +134,7 @@ def test_the_confused_teacher_sees_swapped_pairs_only() -> None:
     from sklearn.datasets import load_digits
 
     truth = torch.tensor(load_digits().target)
-    train = few_labels(confused=True).train.values
+    train = few_labels(confused=True).train["labelled"].values
     told, true = train["target"], truth[train["id"]]
     partner = dict(PAIRS) | {b: a for a, b in PAIRS}
     wrong = told != true

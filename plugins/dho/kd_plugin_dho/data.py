@@ -30,7 +30,7 @@ def few_labels(
     """scikit-learn's digits [64] with Gaussian noise, split by ``split_seed``: 597 test, ``val``, ``tune``, the rest train.
 
     Train is two streams: ``labelled`` (``shots`` a class) and ``unlabelled`` (the others, no target). With
-    ``confused`` it is one stream instead, of all training images, whose labels within PAIRS are swapped with
+    ``confused`` it is one stream, ``labelled``, of all training images, whose labels within PAIRS are swapped with
     probability ``swap``: what the teacher learned from. Key ``input`` float32 [64]; the id is the row.
     """
     from sklearn.datasets import load_digits
@@ -50,7 +50,7 @@ def few_labels(
         return TensorSet(ids, input=inputs[ids], target=target[ids])
 
     if confused:
-        train: object = TensorSet(pool, input=inputs[pool], target=_confused(target[pool], swap, rng))
+        train = {"labelled": TensorSet(pool, input=inputs[pool], target=_confused(target[pool], swap, rng))}
     else:
         first = torch.cat([pool[target[pool] == c][:shots] for c in range(10)])
         rest = pool[~torch.isin(pool, first)]
