@@ -228,6 +228,40 @@ FAULTS = [
     ("state_round_trip", CENTRED, [("torch.zeros(classes))", "torch.zeros(classes), persistent=False)")]),
     ("events", CENTRED, [("after_step", "after_stepp")]),
     ("events", CENTRED, [("teachers: dict", "models: dict"), ('teachers["main"]', 'models["main"]')]),
+    (
+        "hidden_state",
+        CENTRED,
+        [
+            ("        target", "        self.calls += self.calls < 9\n        target"),
+            ("return -", "return -(1 + self.calls // 6) * "),
+        ],
+    ),
+    (
+        "hidden_state",
+        CENTRED,
+        [("        target", "        self.run.teachers['main'].train(True).module.train()\n        target")],
+    ),
+    (
+        "hidden_state",
+        CENTRED,
+        [("        target", "        next(self.run.student.parameters()).data.mul_(1.01)\n        target")],
+    ),
+    (
+        "ownership",
+        CENTRED,
+        [
+            (
+                "    def forward",
+                "    def setup(self) -> None:\n        self.model = self.run.student\n\n    def forward",
+            )
+        ],
+    ),
+    (
+        "student_gradient",
+        CENTRED,
+        [("        self.rate, ", "        self.unused = torch.nn.Linear(2, 2)\n        self.rate, ")],
+    ),
+    ("term_shape", CENTRED, [("return -(target", "return {}\n        return -(target")]),
     ("sample_independence", RELATIONS, [("    couples_batch = True\n", "")]),
     ("teacher_gradient", RELATIONS, [(".detach()", "")]),
     (

@@ -1,4 +1,4 @@
-"""Conformance of students, teachers, routers and augmentations: good ones pass, planted faults are caught by name."""
+"""Conformance of students and teachers: good ones pass, planted faults are caught by the check of their name."""
 
 from __future__ import annotations
 
@@ -68,40 +68,11 @@ class Planted(Teacher):
         logits = self.net(batch["input"])
         return Outputs(logits)
 '''
-ROUTER = '''
-class Planted(Router):
-    """Weights by each teacher's confidence; teachers run where the student is unsure."""
+STALE = """    def setup(self) -> None:
+        import copy
+        self.shipped = [copy.deepcopy(Shipped(self))]
 
-    def __init__(self, *, sharpness: float = 1.0) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(sharpness))
-        self.calls = 0
-
-    def plan(self, batch: Batch, student: Outputs) -> Tensor:
-        return torch.ones(len(batch), len(self.run.teachers), dtype=torch.bool)
-
-    def forward(self, batch: Batch, student: Outputs, teachers: dict[str, Outputs]) -> Tensor:
-        sure = torch.stack([o.logits.log_softmax(-1).amax(-1) for o in teachers.values()], -1)
-        return (self.scale * sure).softmax(-1)
-'''
-AUGMENTATION = '''
-class Planted(Augmentation):
-    """Each sample mixed with another one, by a share drawn in this step."""
-
-    def __init__(self, *, strength: float = 0.2) -> None:
-        super().__init__()
-        self.strength = strength
-
-    def draw(self, size: int, epoch: int) -> Tensor:
-        return torch.randperm(size, generator=self.run.rng(f"block {epoch}"))
-
-    def forward(self, batch: Batch) -> Batch:
-        share = torch.rand(len(batch), generator=self.run.generator) * self.strength
-        share = share.view(-1, *[1] * (batch["input"].dim() - 1))
-        new = batch.copy()
-        new["input"] = (1 - share) * batch["input"] + share * batch["input"].roll(1, 0)
-        return new
-'''
+"""
 PICKLED = """    def get_extra_state(self):
         return nn.Linear(2, 2)
 
@@ -109,7 +80,7 @@ PICKLED = """    def get_extra_state(self):
         pass
 
 """
-CODE = {"student": STUDENT, "teacher": TEACHER, "router": ROUTER, "augmentation": AUGMENTATION}
+CODE = {"student": STUDENT, "teacher": TEACHER}
 GOOD = {
     **{kind: (kind, []) for kind in CODE},
     "stock deploy": (
@@ -122,32 +93,6 @@ GOOD = {
                 "self.one, self.two = (nn.Linear(width, classes) for _ in range(2))",
             ),
         ],
-    ),
-    "weights of any sum": (
-        "router",
-        [(".softmax(-1)\n", ".sigmoid()\n"), ("    def plan", "    sums_to_one = False\n\n    def plan")],
-    ),
-    "labels too": (
-        "router",
-        [
-            ("    def plan", "    labels_column = True\n\n    def plan"),
-            ("return (self", "sure = torch.cat([sure, sure.mean(1, keepdim=True)], 1)\n        return (self"),
-        ],
-    ),
-    "keys replaced": ("augmentation", [("new = batch.copy()", "new = batch")]),
-    "mixed labels": (
-        "augmentation",
-        [
-            ("    def draw", "    changes_labels = True\n\n    def draw"),
-            (
-                "return new",
-                "new['target'] = nn.functional.one_hot(batch['target'], 5).float()\n        return new",
-            ),
-        ],
-    ),
-    "leaves inputs": (
-        "augmentation",
-        [("    def draw", "    changes_inputs = False\n\n    def draw"), ('new["input"]', 'new["mixed"]')],
     ),
 }
 FAULTS = [
@@ -173,6 +118,24 @@ FAULTS = [
                 "shipped = Shipped(self)\n        self.two = self.one\n        return shipped",
             )
         ],
+    ),
+    (
+        "deploy",
+        "student",
+        [
+            ("    def forward(self, batch", STALE + "    def forward(self, batch"),
+            ("return Shipped(self)", "return self.shipped[0]"),
+        ],
+    ),
+    (
+        "deploy",
+        "student",
+        [("hidden = self.trunk(input)", "hidden = self.trunk(input) * (1 + (len(input) == 1))")],
+    ),
+    (
+        "outputs",
+        "student",
+        [("return Outputs(self.one(hidden), tensors=", "return dict(logits=self.one(hidden), **")],
     ),
     ("has_inputs", "student", [("def inputs", "def graph_inputs")]),
     ("has_inputs", "student", [('return {"input": batch["input"]}', 'return {"input": batch["images"]}')]),
@@ -274,88 +237,6 @@ FAULTS = [
         "teacher",
         [("return Outputs(logits)", "return Outputs(logits - logits.mean(0))")],
     ),
-    ("weights_sum", "router", [(".softmax(-1)\n", ".sigmoid()\n")]),
-    ("weights_sum", "router", [("sure).softmax(-1)", "sure).softmax(0)")]),
-    ("weights_sum", "router", [("sure).softmax(-1)", "sure).softmax(-1) * sure.shape[-1]")]),
-    ("weights_shape", "router", [("softmax(-1)\n", "softmax(-1).T\n")]),
-    ("weights_shape", "router", [("    def plan", "    labels_column = True\n\n    def plan")]),
-    ("weights_shape", "router", [("log_softmax(-1).amax(-1)", "softmax(-1).amin(-1).log()")]),
-    ("plan", "router", [(", dtype=torch.bool)", ")")]),
-    (
-        "plan",
-        "router",
-        [
-            (
-                "torch.ones(len(batch), len(self.run.teachers), dtype",
-                "torch.ones(len(self.run.teachers), len(batch), dtype",
-            )
-        ],
-    ),
-    ("router_gradient", "router", [("return (self.scale * sure)", "return (self.scale.detach() * sure)")]),
-    (
-        "router_gradient",
-        "router",
-        [
-            (
-                "(self.scale * sure).softmax(-1)",
-                "nn.functional.one_hot((self.scale * sure).argmax(-1), sure.shape[-1]).float()",
-            )
-        ],
-    ),
-    (
-        "determinism",
-        "router",
-        [("return (self.scale", "sure = sure + torch.randn_like(sure)\n        return (self.scale")],
-    ),
-    (
-        "hidden_state",
-        "router",
-        [
-            (
-                "return (self.scale",
-                "self.calls += 1\n        sure = sure / self.calls\n        return (self.scale",
-            )
-        ],
-    ),
-    ("batch_order", "router", [("return (self.scale", "sure = sure.cumsum(0)\n        return (self.scale")]),
-    (
-        "labels_kept",
-        "augmentation",
-        [("return new", "new['target'] = batch['target'].roll(1, 0)\n        return new")],
-    ),
-    (
-        "labels_kept",
-        "augmentation",
-        [("return new", "new['id'] = batch['id'].roll(1, 0)\n        return new")],
-    ),
-    (
-        "inputs_untouched",
-        "augmentation",
-        [('new["input"] = (1 - share) * batch["input"]', 'new["input"] = batch["input"].mul_(1 - share)')],
-    ),
-    ("determinism", "augmentation", [(", generator=self.run.generator", "")]),
-    (
-        "determinism",
-        "augmentation",
-        [
-            (
-                ", generator=self.run.generator",
-                ", generator=torch.Generator().manual_seed(__import__('time').perf_counter_ns())",
-            )
-        ],
-    ),
-    ("batch_kept", "augmentation", [("return new", "new['input'] = new['input'][1:]\n        return new")]),
-    ("batch_kept", "augmentation", [("return new", "del new['target']\n        return new")]),
-    ("batch_kept", "augmentation", [("return new", "return {**new}")]),
-    (
-        "batch_kept",
-        "augmentation",
-        [("return new", "new['input'] = new['input'].double()\n        return new")],
-    ),
-    ("inputs_as_declared", "augmentation", [("    def draw", "    changes_inputs = False\n\n    def draw")]),
-    ("draw", "augmentation", [("randperm(size, gen", "randperm(size + 9, gen")]),
-    ("draw", "augmentation", [('randperm(size, generator=self.run.rng(f"block {epoch}"))', "rand(size)")]),
-    ("draw", "augmentation", [(', generator=self.run.rng(f"block {epoch}")', "")]),
 ]
 
 

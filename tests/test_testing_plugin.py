@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - a planted edit reads best as one line
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from kdcore import catalog
 from kdcore.cli import main
 from kdcore.errors import InputError
-from kdcore.testing import Finding, check_plugin, parametrize
+from kdcore.testing import Finding, check_oracle, check_plugin, parametrize
+from kdcore.testing.findings import CHECKS
 
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "testing.md").read_text("utf-8")
 INIT = '''"""A plugin."""
 from kdcore import Component, hookimpl
 
@@ -290,6 +293,19 @@ def test_folder_that_is_no_plugin(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(InputError, match=said):
         check_plugin(tmp_path)
+
+
+def test_every_check_is_in_the_guide_and_no_other() -> None:
+    rows = [line for line in GUIDE.splitlines() if line.startswith("| ")][1:]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])} == CHECKS.keys()
+    assert all(check.why and check.what_to_do for check in CHECKS.values())
+
+
+def test_oracle_of_the_guide_holds() -> None:
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "ORACLES = [" in b]
+    scope: dict[str, Any] = {}
+    exec(block.replace("kd_plugin_my_method.loss:my_loss", "kdcore.losses:kd_loss"), scope)
+    assert "chunked" in check_oracle(scope["ORACLES"][0])
 
 
 def test_global_generators_and_path_are_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import torch
@@ -52,7 +53,7 @@ def teacher_gradient(s: Subject) -> None:
             raise Failed(f"gradient reaches {', '.join(bad)}")
 
 
-@check("loss")
+@check("loss", after=(*BASICS, "ownership"))
 def student_gradient(s: Subject) -> None:
     """A loss without gradient at the student's outputs, or at its own parameters, trains nothing. Do: look for detach,
     argmax or no_grad on the student's side, and for parameters that nothing uses."""
@@ -62,12 +63,11 @@ def student_gradient(s: Subject) -> None:
         if not any(bool(g.any()) for g in grads.values()):
             raise Failed(f"no gradient at {', '.join(grads)}")
         own = {n: p for n, p in loss.named_parameters() if p.requires_grad and loss.own_optimizer is None}
-        found = (
-            torch.autograd.grad(s.total(call.args, loss), list(own.values()), allow_unused=True)
-            if own
-            else ()
+        total = s.total(call.args, loss)
+        reached = (
+            torch.autograd.grad(total, list(own.values()), allow_unused=True) if total.requires_grad else ()
         )
-        if unused := [n for n, g in zip(own, found, strict=False) if g is None]:
+        if unused := [n for n, g in itertools.zip_longest(own, reached) if g is None]:
             raise Failed(f"no gradient at its parameters {', '.join(unused[:3])}")
         if not finite(grads):
             raise Failed("the gradient is not finite")

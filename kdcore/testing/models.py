@@ -58,15 +58,18 @@ def deploy(s: Subject) -> None:
     """What is shipped must answer as what was judged: forward, then infer. Do: build deploy() from the same modules
     and rule, or leave it to kdcore's."""
     student, batch, module = _shipped(s)
-    wanted = _inferred(s.fresh().eval(), batch)
-    with torch.no_grad():
-        got = module(*(v.clone() for v in student.inputs(batch).values()))
-    if not isinstance(got, dict) or got.keys() != wanted.keys():
-        named = sorted(got) if isinstance(got, dict) else type(got).__name__
-        raise Failed(f"deploy() gives {named}, infer {sorted(wanted)}")
-    if names := differing(got, wanted):
-        raise Failed(f"deploy() and forward-then-infer differ in {', '.join(names)}")
-    if differing(_inferred(student, batch), wanted):
+    for part in (batch, batch.rows(torch.arange(1))):
+        wanted = _inferred(student, part)
+        with torch.no_grad():
+            got = module(*(v.clone() for v in student.inputs(part).values()))
+        if not isinstance(got, dict) or got.keys() != wanted.keys():
+            named = sorted(got) if isinstance(got, dict) else type(got).__name__
+            raise Failed(f"deploy() gives {named}, infer {sorted(wanted)}")
+        if names := differing(got, wanted):
+            raise Failed(
+                f"deploy() and forward-then-infer differ in {', '.join(names)}, batch of {len(part)}"
+            )
+    if differing(wanted, _inferred(_stirred(s), part)):
         raise Failed("deploy() changed the student")
 
 
@@ -133,11 +136,21 @@ def _export(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) ->
 
 def _shipped(s: Subject) -> tuple[Any, Batch, nn.Module]:
     """A student in eval mode, a batch, and what it ships."""
-    student, batch = s.fresh().eval(), copied(s.calls[0].args["batch"])
+    student, batch = _stirred(s), copied(s.calls[0].args["batch"])
     module = student.deploy()
     if isinstance(module, dict):
         raise Skipped(f"ships {len(module)} modules: {', '.join(module)}")
     return student, batch, module.eval()
+
+
+def _stirred(s: Subject) -> Any:
+    """A student in eval mode whose weights have moved since it was made, as after training."""
+    student, generator = s.fresh().eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * noise.to(parameter.dtype))
+    return student
 
 
 def _inferred(student: Any, batch: Batch) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from kdcore.errors import InputError, nearest
 from kdcore.testing import augmentations, declarations, losses, models, routers  # noqa: F401 - their checks
-from kdcore.testing.findings import Finding, checks_of, examine, excused
+from kdcore.testing.findings import CHECKS, Finding, checks_of, examine, excused
 from kdcore.testing.opening import Plugin, opened
 from kdcore.testing.subjects import Subject
 from kdcore.types import Component
@@ -31,6 +32,9 @@ def check_plugin(
     mapping as an attribute of its own.
     Raises InputError where there is no such plugin.
     """
+    for name in without:
+        if name not in CHECKS:
+            raise InputError("without", "no such check", given=name, hint=nearest(name, CHECKS))
     with opened(where) as plugin, _one_thread():
         return excused(_findings(plugin, without), expected_failures or {}, plugin.slug)
 

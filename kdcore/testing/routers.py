@@ -65,8 +65,8 @@ def router_gradient(s: Subject) -> None:
 @check("router")
 def plan(s: Subject) -> None:
     """The plan says which teachers run at all. Do: return a bool tensor [B,K], or None for all."""
-    args, router = s.calls[0].args, s.fresh().eval()
-    found = router.plan(args["batch"], args["student"])
+    args = s.calls[0].args
+    found, again = (s.fresh().eval().plan(args["batch"], args["student"]) for _ in range(2))
     if found is None:
         return
     wanted = (s.calls[0].size, len(args["teachers"]))
@@ -74,3 +74,5 @@ def plan(s: Subject) -> None:
         raise Failed(
             f"plan is {getattr(found, 'dtype', type(found).__name__)} {tuple(getattr(found, 'shape', ()))}"
         )
+    if not torch.equal(found, again):
+        raise Failed("two plans for the same batch differ")

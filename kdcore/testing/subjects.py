@@ -65,6 +65,7 @@ class Subject:
         self.calls: list[Call] = []
         self.disturbs = False
         self.home: toys.Home
+        self.world: list[Any] = []
         self._pristine: Any = None
 
     @cached_property
@@ -93,6 +94,7 @@ class Subject:
         """Live in this run with these parameters."""
         self.home, self.params = home, dict(params)
         self._pristine = home.make(self.kind, self.name, params)
+        self.world = home.signature()
 
     def fresh(self, **over: Any) -> Any:
         """A new instance in its first state; ``over`` changes parameters."""

@@ -135,6 +135,14 @@ class Home:
             component.setup()
         return component
 
+    def signature(self) -> list[Any]:
+        """What changes when somebody writes to the run's models, or switches them between train and eval."""
+        found: list[Any] = []
+        for model in (self.run.student, *self.run.teachers.values()):
+            found += [module.training for module in model.modules()]
+            found += [(t._version, t.float().sum().item()) for t in (*model.parameters(), *model.buffers())]
+        return found
+
     def batch(self) -> Batch:
         return self.run.source.sample(B).to("cpu")
 
