@@ -348,7 +348,7 @@ def conventions_of(parts: Parts) -> list[dict[str, Any]]:
         rows.append(
             {
                 "loss": slot.name,
-                "component": repr(loss).splitlines()[0],
+                "component": f"{type(loss).__name__}({loss.extra_repr()})",
                 "weight": slot.weight if isinstance(slot.weight, float | int) else slot.weight.model_dump(),
                 "teachers": list(slot.teachers),
                 "t_squared": loss.t_squared,
