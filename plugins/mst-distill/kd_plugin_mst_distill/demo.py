@@ -118,7 +118,8 @@ def _paired(gaps: list[float]) -> str:
         return f"{gaps[0]:+.1f}"
     test = stats.ttest_1samp(gaps, 0)
     low, high = test.confidence_interval(0.95)
-    return f"{statistics.mean(gaps):+.1f} [{low:.1f}, {high:.1f}], p {test.pvalue:.3f}"
+    chance = "< 0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
+    return f"{statistics.mean(gaps):+.1f} [{low:.1f}, {high:.1f}], p {chance}"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kd_plugin_mst_distill.loss import Epochs, Factor, scheduled
-from kdcore import Batch, InputError, Outputs, Router
+from kdcore import Batch, InputError, Outputs, Router, parallel
 
 
 class GateNet(nn.Module):
@@ -105,7 +105,7 @@ class Gate(Router):
         g = self._probabilities(logits.detach() if self.variant == "paper" else logits)
         weights = g if self.variant == "paper" else self.plan(batch, student) / self.k
         share = self.balance_weight * scheduled(self.run.epoch, self.decay, self.every)
-        return weights, {"balance": share * load_balance(g, self.balance)}
+        return weights, {"balance": share * load_balance(parallel.gather(g), self.balance)}
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         gate: Tensor = self.gate(logits.float())
