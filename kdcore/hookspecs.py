@@ -104,7 +104,8 @@ class RunEvents:
     def after_step(self, batch: Batch, student: Outputs, teachers: dict[str, Outputs]) -> None:
         """After the optimisers' step. The only place, with ``before_step``, where a loss changes its state.
 
-        ``student`` (or a dict of them by stream) and ``teachers`` are detached.
+        ``student`` (or a dict of them by stream) and ``teachers`` are detached; a routed teacher's ``rows`` say
+        which samples it answered for, and one that ran on none is left out.
         """
 
     @hookspec
