@@ -37,8 +37,7 @@ docs: install
 	$(BIN)/python tools/make_docs.py
 
 bench: install
-	$(BIN)/python tools/bench_import.py
-	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_all.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
