@@ -114,10 +114,10 @@ def export(what: str, out: Path | None, target: str, params: tuple[str, ...], **
     from kdcore import shipping
 
     tree: dict[str, Any] = {}
-    from kdcore.recipe import _override
+    from kdcore.source import override
 
     for each in params:
-        _override(tree, each)
+        override(tree, each)
     tree.update({key: value for key, value in known.items() if value is not None})
     row = shipping.export(what, out=out, target=target, params=tree)
     click.echo("\n".join(f"{key}: {value}" for key, value in row.items()))

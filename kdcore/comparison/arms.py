@@ -9,7 +9,8 @@ from typing import Any
 
 from kdcore import catalog, plugins
 from kdcore.errors import InputError
-from kdcore.recipe import Source, _override, parse
+from kdcore.recipe import Source, parse
+from kdcore.source import override
 
 Tree = dict[str, Any]
 STOCK = ("none", "kd")
@@ -94,7 +95,7 @@ def _overridden(tree: Tree, overrides: list[str]) -> Tree:
         if step and int(step[1]) < len(tree.get("loss", [])):
             tree["loss"][int(step[1])] = _replacing(tree["loss"][int(step[1])], step[2].strip("\"'"))
         else:
-            _override(tree, each)
+            override(tree, each)
     return tree
 
 

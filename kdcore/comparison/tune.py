@@ -12,7 +12,7 @@ from typing import Any
 from kdcore import building
 from kdcore.comparison.runs import Job, run_arm
 from kdcore.errors import InputError, RunError
-from kdcore.recipe import _override
+from kdcore.source import override
 from kdcore.tables import LossTable
 from kdcore.task import higher_is_better
 
@@ -88,7 +88,7 @@ def changed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     """The tree with the searched values in place."""
     out = copy.deepcopy(dict(tree))
     for key, value in values.items():
-        _override(out, f"{key}={value}")
+        override(out, f"{key}={value}")
     return out
 
 
