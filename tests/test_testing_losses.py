@@ -205,6 +205,7 @@ FAULTS = [
     ("mask", TOKENS, [("(kl * mask).sum(1) / mask.sum(1).clamp(min=1)", "kl.mean(1)")]),
     ("mask", TOKENS, [("(kl * mask).sum(1) / mask.sum(1).clamp(min=1)", "kl.mean()")]),
     ("mask", TOKENS, [("(kl * mask)", "kl")]),
+    ("mask", TOKENS, [("mask.sum(1).clamp(min=1)", "mask.shape[1]")]),
     ("mask", TOKENS, [("(kl * mask)", "(kl * ~mask)")]),
     # in a loss with state
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -86,6 +87,9 @@ def mask(s: Subject) -> None:
         other = mapped(call.args, partial(_noise_where, hidden))
         if not same(s.total(call.args), s.total(other)):
             raise Failed("values at masked positions change the loss")
+        with suppress(RuntimeError, ValueError, IndexError):  # it may be made for one length
+            if not same(s.total(call.args), s.total(mapped(call.args, partial(_padded, hidden)))):
+                raise Failed("two more masked positions change the loss")
         grads = student_gradients(s, call.args)
         if any(bool(g[hidden].any()) for g in grads.values() if g.shape[:2] == hidden.shape):
             raise Failed("masked positions take gradient")
@@ -142,6 +146,16 @@ def _noise_where(hidden: Tensor, path: str, tensor: Tensor) -> Tensor:
     end = -30 if path.startswith("teacher") else 30
     noise = torch.linspace(-end, end, tensor.numel()).view_as(tensor)
     return torch.where(hidden.view(*hidden.shape, *[1] * (tensor.dim() - 2)), noise, tensor)
+
+
+def _padded(hidden: Tensor, path: str, tensor: Tensor) -> Tensor:
+    """Two more positions that nothing counts."""
+    if tensor.shape[:2] != hidden.shape:
+        return tensor
+    if path.endswith("/mask"):
+        return torch.cat([tensor, torch.zeros_like(tensor[:, :2])], 1)
+    more = torch.full_like(tensor[:, :2], -100) if path.endswith("/target") else tensor[:, :2].flip(1)
+    return torch.cat([tensor, more], 1)
 
 
 def _half(path: str, tensor: Tensor) -> Tensor:
