@@ -90,9 +90,8 @@ def _package_folders(module: str) -> list[str]:
 def _resolve(where: str) -> Path:
     try:
         path = Path(where).expanduser()
-        if path.is_dir():
-            raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
-        if path.exists():
+        folder = path.is_dir()
+        if path.exists() and not folder:
             return path
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(where, f"not a usable path: {cause(error)}") from None
@@ -100,6 +99,8 @@ def _resolve(where: str) -> Path:
     for each in recipes_of(slug):
         if not name or each.stem == name:
             return each
+    if folder:
+        raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
     raise _no_recipe(where, slug, name)
 
 

@@ -64,24 +64,28 @@ def members(annotation: Any) -> list[Any]:
 def _in_words(
     error: ValidationError, model: type[BaseModel], given: Mapping[str, Any], place: str, what: str
 ) -> InputError:
-    """The complaint that helps most: an unknown key first, then the deepest place."""
+    """The complaint that helps most: an unknown key first, then the deepest place, and a type's last."""
     rows = [(_place(row, given), row) for row in error.errors(include_url=False)]
-    path, first = max(rows, key=lambda row: (row[1]["type"] == "extra_forbidden", len(row[0])))
+    path, first = max(rows, key=_weight)
     more = len({where for where, _ in rows}) - 1
     count = f" (and {more} more)" if more else ""
     where, key = ".".join([*([place] if place else []), *map(str, path)]), str(path[-1]) if path else ""
     if first["type"] == "extra_forbidden":
-        names = _keys_at(model, path[:-1])
-        hint = nearest(key, names)
-        return InputError(
-            where, f"unknown key of {what}{count}", given=first["input"], allowed=names, hint=hint
-        )
+        names, problem = _keys_at(model, path[:-1]), f"unknown key of {what}{count}"
+        return InputError(where, problem, given=first["input"], allowed=names, hint=nearest(key, names))
     if first["type"] == "missing":
         return InputError(where, f"{what} needs {key!r}{count}", hint=f"add {key} = ...")
-    here = [_complaint(row) for each, row in rows if each == path]
-    allowed = " or ".join(dict.fromkeys(text for _, text in here if text))
+    problem = _complaint(first)[0]
+    same = (text for at, row in rows for told, text in [_complaint(row)] if at == path and told == problem)
+    allowed = " or ".join(dict.fromkeys(filter(None, same)))
     hint = nearest(first["input"], _literals(first)) if first["type"] == "literal_error" else None
-    return InputError(where, f"{here[0][0]}{count}", given=first["input"], allowed=allowed, hint=hint)
+    return InputError(where, f"{problem}{count}", given=first["input"], allowed=allowed, hint=hint)
+
+
+def _weight(row: tuple[tuple[int | str, ...], Any]) -> tuple[bool, int, bool]:
+    """Of a union's members all complain: the one that came furthest is what was meant."""
+    path, problem = row
+    return problem["type"] == "extra_forbidden", len(path), problem["type"] not in _EXPECTED
 
 
 def _complaint(row: Any) -> tuple[str, str]:
