@@ -14,7 +14,7 @@ import kdcore
 from kdcore.testing import Oracle, check_oracle
 
 TERMS = {
-    "at": {"at-stem", "at-body0", "at-body1", "task"},
+    "at": {"at-stem", "at-body", "task"},
     "crd": {"classics-crd", "task"},
     "dist": {"classics-dist", "task"},
     "dkd": {"classics-dkd", "task"},
