@@ -78,9 +78,8 @@ def run(
     if plugins_only:
         _refuse_callables(source.tree)
     folder = Path(out) if out else Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    parallel.start()
     try:
-        with _working_folder(source.folder):
+        with parallel.group(), _working_folder(source.folder):
             if not (resume and (folder / "recipe.lock.toml").exists()):
                 _check_whole(recipe)
             _open_folder(folder.resolve() if out else folder, source, recipe, resume, force)

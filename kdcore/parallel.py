@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,13 +79,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-def start() -> None:
-    """Join the process group that torchrun describes in the environment; nothing without it."""
+@contextmanager
+def group() -> Iterator[None]:
+    """The process group that torchrun describes in the environment, for this block; nothing without it.
+
+    It is left in step: a rank whose peer is gone already would be aborted by the background threads of gloo.
+    """
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -54,7 +54,8 @@ def environment(folder: Path, python: str, wheels: Path, *names: str) -> Path:
 
 
 def check_core(python: str, wheels: Path, scratch: Path, names: list[str]) -> None:
-    binary = environment(scratch / "core", python, wheels, *names, "scikit-learn", "onnxruntime")
+    wanted = [f"{name}[export]" if name.startswith("kd-exporter") else name for name in names]
+    binary = environment(scratch / "core", python, wheels, *wanted, "scikit-learn", "onnxruntime")
     kd = binary.parent / "kd"
     for command in (["list"], ["plugins"], ["doctor"]):
         subprocess.run([str(kd), *command], check=True, cwd=scratch)
