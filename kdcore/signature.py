@@ -7,11 +7,14 @@ parameters; the positional ones are tensors, bound by name (``kdcore.kinds.Funct
 from __future__ import annotations
 
 import collections.abc
+import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,10 +55,10 @@ class Schema:
         for index, (name, p) in enumerate(self.params.items()):
             default = ... if p.default is _EMPTY else p.default
             fields[f"p{index}"] = (_field_type(p.annotation), Field(default, alias=name))
+        title = "".join(c if c.isalnum() else "_" for c in self.name)
         try:
-            return create_model(
-                "".join(c if c.isalnum() else "_" for c in self.name), __config__=config, **fields
-            )
+            with warnings.catch_warnings(action="ignore"):  # what an annotation means is its author's affair
+                return create_model(title, __config__=config, **fields)
         except Exception as error:  # pydantic has many ways to say that it cannot use an annotation
             raise InputError("", f"{self.name}: its signature makes no schema: {cause(error)}") from error
 
@@ -142,7 +145,7 @@ def _near_module(name: str) -> str | None:
         names = [m.name for m in pkgutil.iter_modules(paths)]
         if part not in names:
             return nearest(".".join(parts[: index + 1]), [".".join([*parts[:index], n]) for n in names])
-        paths = getattr(importlib.import_module(".".join(parts[: index + 1])), "__path__", [])
+        paths = getattr(sys.modules.get(".".join(parts[: index + 1])), "__path__", [])
     return None
 
 
@@ -157,6 +160,8 @@ def _function(target: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations, resolved; one that does not (a name under TYPE_CHECKING) leaves the others be."""
+    while isinstance(function, functools.partial):
+        function = function.func
     try:
         return typing.get_type_hints(function, include_extras=True)
     except Exception:

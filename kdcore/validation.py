@@ -90,12 +90,13 @@ def _weight(row: tuple[tuple[int | str, ...], Any]) -> tuple[bool, int, bool]:
 
 def _complaint(row: Any) -> tuple[str, str]:
     """(problem, what is allowed) of one of pydantic's errors."""
-    kind, context = row["type"], row.get("ctx", {})
+    kind, context = row["type"].replace("_parsing", "_type"), row.get("ctx", {})
     if kind in _EXPECTED:
         return "wrong type" if kind != "finite_number" else "not finite", _EXPECTED[kind]
     if kind in _BOUNDS:
         sign, key = _BOUNDS[kind]
-        return "out of range", f"{sign} {context[key]}"
+        bound = context[key]
+        return "out of range", f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
     if kind == "literal_error":
         return "not one of the choices", str(context["expected"])
     message = str(row["msg"]).removeprefix("Value error, ")
