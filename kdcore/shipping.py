@@ -20,7 +20,7 @@ from kdcore.errors import InputError
 from kdcore.kinds import Deployed, ExportRequest, Student
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
-from kdcore.task import Task, higher_is_better
+from kdcore.task import LOSS, Task, higher_is_better
 from kdcore.types import Batch
 
 SAMPLES = 256
@@ -148,6 +148,7 @@ def request_of(folder: Path) -> ExportRequest:
     student, run = load_student(folder)
     student = student.cpu()
     source, task = run.source, Task(run.recipe.task, run.source.data.classes)
+    judged = next((name for name in task.metrics if name != LOSS), "")  # a graph has no training loss
     held = _first(source.loader("val"), SAMPLES)
     view = run.recipe.student.view
     held.update({key: held[name] for key, name in view.items()})
@@ -171,9 +172,9 @@ def request_of(folder: Path) -> ExportRequest:
         preprocessing=source.data.preprocessing,
         labels=source.data.labels,
         targets=None if target is None else target.numpy(),
-        metric=_metric(task) if task.metrics and target is not None else None,
-        metric_name=task.metrics[0] if task.metrics else "",
-        higher_is_better=bool(task.metrics) and higher_is_better(task.metrics[0]),
+        metric=_metric(task, judged) if judged and target is not None else None,
+        metric_name=judged,
+        higher_is_better=bool(judged) and higher_is_better(judged),
         absent=tuple(f"{prefix}" for name in student.training_only for prefix in (name, f"student.{name}")),
         provenance=_provenance(folder, run, source.data.licence),
     )
@@ -195,8 +196,8 @@ def _first(loader: Any, count: int) -> Batch:
     return batch.rows(torch.arange(min(count, len(batch))))
 
 
-def _metric(task: Task) -> Any:
-    """The task's first metric as a function of numpy outputs and targets."""
+def _metric(task: Task, name: str) -> Any:
+    """A metric of the task as a function of numpy outputs and targets."""
 
     def measure(outputs: dict[str, Any], targets: Any) -> float:
         from kdcore.types import Outputs
@@ -205,7 +206,7 @@ def _metric(task: Task) -> Any:
         target = torch.from_numpy(np.asarray(targets))
         tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in outputs.items()}
         meter.update(tensors, Outputs(target=target), Batch({"id": torch.arange(len(target))}))
-        return meter.compute()[task.metrics[0]]
+        return meter.compute()[name]
 
     return measure
 

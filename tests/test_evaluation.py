@@ -14,7 +14,7 @@ import kdcore
 from kdcore import Batch, Outputs, Student
 from kdcore.counts import Counts
 from kdcore.report import read_metrics
-from kdcore.shipping import load_student
+from kdcore.shipping import load_student, request_of
 from kdcore.tables import TaskTable
 from kdcore.task import Task, evaluate
 
@@ -66,6 +66,10 @@ def test_the_best_is_the_lowest_loss(tiny: dict[str, Any], tmp_path: Path) -> No
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
     assert min(losses) < losses[-1]  # this rate does not converge, so keeping the last would be another model
     student, run = load_student(tmp_path / "run")
+    request = request_of(tmp_path / "run")
+    assert request.metric_name == "accuracy"  # what a graph can be judged by without the model
+    assert request.metric is not None
+    assert 0 <= request.metric(request.rule, request.targets) <= 1
     kept = evaluate(student, run.source.loader("val"), Task(run.recipe.task, 10), torch.device("cpu"))
     assert kept["loss"] == pytest.approx(min(losses), rel=1e-5)
 
