@@ -13,20 +13,22 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import pluggy
 
 from kdcore import catalog
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, cause, nearest
 from kdcore.hookspecs import GROUP, HOOKS, Declarations
 from kdcore.types import Component
 
 # modules that cost a second or more to import: a plugin's entry-point module must do without them
 HEAVY = ("torch", "transformers", "mmengine", "mmdet3d", "onnxruntime", "sklearn", "matplotlib", "pandas")
+MOST = 1000  # components of one hook; a generator without an end is a fault, not a hang
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ def load_target(component: Component, place: str = "use") -> Any:
     module, _, attribute = component.target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a plugin's import may raise anything
-        why = f"{component.name!r}: cannot import {component.target!r}: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # a plugin's import may raise anything
+        why = f"{component.name!r}: cannot import {component.target!r}: {cause(error)}"
         raise InputError(place, why, hint="reinstall the plugin, or install what the error names") from error
 
 
@@ -154,19 +156,17 @@ def _names(variable: str) -> frozenset[str] | None:
 
 
 def _entry_points() -> list[Entry]:
-    rows = []
-    for point in importlib.metadata.entry_points(group=GROUP):
+    return list(dict.fromkeys(_entry(point) for point in importlib.metadata.entry_points(group=GROUP)))
+
+
+def _entry(point: importlib.metadata.EntryPoint) -> Entry:
+    """What the metadata say; a damaged installation still has a name, so that it can be pointed at."""
+    try:
         assert point.dist is not None
-        rows.append(
-            Entry(
-                point.name,
-                point.dist.metadata["Name"].lower().replace("_", "-"),
-                point.dist.version,
-                point.value,
-                tuple(point.dist.requires or ()),
-            )
-        )
-    return list(dict.fromkeys(rows))
+        name = re.sub(r"[-_.]+", "-", point.dist.metadata["Name"]).lower()
+        return Entry(point.name, name, point.dist.version, point.value, tuple(point.dist.requires or ()))
+    except Exception:
+        return Entry(point.name, "unknown", "unknown", point.value)
 
 
 def _load(entry: Entry, manager: pluggy.PluginManager) -> list[tuple[str, Component]] | Fault:
@@ -174,7 +174,7 @@ def _load(entry: Entry, manager: pluggy.PluginManager) -> list[tuple[str, Compon
     try:
         _check_version(entry)
         phase = "import"
-        with _without_heavy_imports():
+        with _without_heavy_imports(), redirect_stdout(sys.stderr):  # --json must stay JSON
             module = importlib.import_module(entry.target)
         phase = "light"
         if heavy := _heavy_names(module):
@@ -194,18 +194,28 @@ def _load(entry: Entry, manager: pluggy.PluginManager) -> list[tuple[str, Compon
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a plugin that exits must not end the program
-        return Fault(entry, phase, f"{type(error).__name__}: {error}".strip(": "))
+        return Fault(entry, phase, cause(error))
 
 
 def _check_version(entry: Entry) -> None:
+    """Raise where the plugin states a range of kdcore (and a marker that applies) that this one is not in."""
     from kdcore import __version__
 
     for text in entry.requires:
-        if match := re.match(r"kdcore\b(?!-)\s*\(?([^;)]*)", text):
-            from packaging.specifiers import SpecifierSet  # 15 ms, and only where a plugin states a range
+        at_least = re.fullmatch(r"kdcore\s*\(?>=\s*(\d+(?:\.\d+)*)\)?", text)
+        if at_least and _numbers(at_least[1]) <= _numbers(__version__):
+            continue  # what nearly every plugin says: packaging takes 40 ms to import
+        if re.match(r"kdcore\b(?![-.])", text):
+            from packaging.requirements import Requirement
 
-            if match[1].strip() and not SpecifierSet(match[1]).contains(__version__, prereleases=True):
-                raise RuntimeError(f"needs kdcore{match[1].strip()}, this is {__version__}")
+            needed = Requirement(text)
+            applies = needed.marker is None or needed.marker.evaluate({"extra": ""})
+            if applies and not needed.specifier.contains(__version__, prereleases=True):
+                raise RuntimeError(f"needs kdcore{needed.specifier}, this is {__version__}")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
 
 
 @contextmanager
@@ -215,7 +225,7 @@ def _without_heavy_imports() -> Iterator[None]:
     class Refuse:
         @staticmethod
         def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-            if name.partition(".")[0] in HEAVY:
+            if _top(name) in HEAVY:
                 raise ImportError(
                     f"imports {name} at module level: a plugin's entry-point module must be light"
                 )
@@ -228,12 +238,29 @@ def _without_heavy_imports() -> Iterator[None]:
 
 
 def _heavy_names(module: Any) -> str:
-    """Heavy modules among the globals: how it shows when torch was already imported by somebody else."""
-    for value in vars(module).values():
-        owner = value.__name__ if type(value) is type(sys) else getattr(value, "__module__", None)
-        if isinstance(owner, str) and owner.partition(".")[0] in HEAVY:
+    """A heavy module among the globals: how it shows when torch was already imported by somebody else.
+
+    What comes from another module of the plugin, or of kdcore, is heavy where that module holds a heavy one.
+    """
+    near = (module.__name__.partition(".")[0], GROUP)
+    for owner in _owners(module):
+        inner = _owners(sys.modules[owner]) if _top(owner) in near and owner in sys.modules else ()
+        if _top(owner) in HEAVY or any(_top(each) in HEAVY for each in inner):
             return owner
     return ""
+
+
+def _owners(module: Any) -> Iterator[str]:
+    """The modules that a module's globals are, or come from."""
+    for name, value in list(vars(module).items()):
+        owner = value.__name__ if type(value) is type(sys) else getattr(value, "__module__", None)
+        # a submodule hangs in its package as soon as anybody imports it: that says nothing of the package
+        if isinstance(owner, str) and owner not in (module.__name__, f"{module.__name__}.{name}", GROUP):
+            yield owner
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _misspelt(module: Any) -> str:
@@ -250,16 +277,20 @@ def _declarations(entry: Entry, module: Any) -> list[tuple[str, Component]]:
             continue
         if not hasattr(function, f"{GROUP}_impl"):
             raise TypeError(f"{hook} is not marked with @hookimpl")
-        for component in function() or ():
-            if not isinstance(component, Component):
-                raise TypeError(f"{hook} gave {component!r}, not a Component")
-            if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
-                raise ValueError(
-                    f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'"
-                )
-            rows.append((kind, component))
-    if doubled := {
-        row[1].name for row in rows if [(k, c.name) for k, c in rows].count((row[0], row[1].name)) > 1
-    }:
+        with redirect_stdout(sys.stderr):
+            found = list(islice(function() or (), MOST + 1))
+        if len(found) > MOST:
+            raise ValueError(f"{hook} gives more than {MOST} components")
+        rows += [(kind, _checked(entry, hook, component)) for component in found]
+    names = [(kind, component.name) for kind, component in rows]
+    if doubled := {name for kind, name in names if names.count((kind, name)) > 1}:
         raise ValueError(f"declared twice: {', '.join(sorted(doubled))}")
     return rows
+
+
+def _checked(entry: Entry, hook: str, component: Any) -> Component:
+    if not isinstance(component, Component):
+        raise TypeError(f"{hook} gave {component!r}, not a Component")
+    if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
+        raise ValueError(f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'")
+    return component

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kdcore
 from kdcore import plugins
 from kdcore.errors import InputError
+from kdcore.plugins import Entry
 
 GOOD = """
     from kdcore import Component, hookimpl
@@ -39,6 +44,21 @@ BROKEN = {
         HEAD + "@hookimpl\ndef kd_losses():\n    yield Component('target', 'no colon')",
         "module:attribute",
     ),
+    "endless": (
+        "declare",
+        HEAD
+        + "import itertools\n@hookimpl\ndef kd_losses():\n"
+        + "    return (Component(f'endless.p{i}', 'a:b') for i in itertools.count())",
+        "more than 1000",
+    ),
+    "mute": (
+        "import",
+        "class Mute(Exception):\n    def __str__(self):\n        raise ValueError\nraise Mute",
+        "Mute",
+    ),
+    "long": ("import", "raise RuntimeError('line\\n' * 10_000)", "line line"),
+    "syntax": ("import", "def (", "SyntaxError"),
+    "kindly": ("", "from kdcore import Loss", "import"),
     "twice": (
         "declare",
         HEAD + "@hookimpl\ndef kd_losses():\n    yield from [Component('twice', 'a:b')] * 2",
@@ -57,6 +77,8 @@ def test_a_broken_plugin_is_in_quarantine_and_the_good_ones_are_listed(
     registry = plugins.registry()
     (fault,) = [f for f in registry.quarantine if f.entry.name == slug]
     assert words in fault.error
+    assert len(fault.error) < 400
+    assert "\n" not in fault.error
     assert fault.phase == phase or (not phase and fault.phase in ("import", "light"))
     assert registry.find("loss", "good")
     assert registry.find("loss", "kd")
@@ -73,7 +95,16 @@ def test_a_module_that_is_missing(install: Callable[..., Any]) -> None:
     assert [f.phase for f in plugins.registry().quarantine if f.entry.name == "lost"] == ["import"]
 
 
-@pytest.mark.parametrize("needs", ["kdcore>=99", "kdcore (<0.0.1)", "kdcore==99.*; python_version > '3'"])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "kdcore>=99",
+        "kdcore (>=0.1.1)",
+        "kdcore (<0.0.1)",
+        "kdcore==99.*; python_version > '3'",
+        "kdcore[demo]!=0.1.0",
+    ],
+)
 def test_a_plugin_for_another_core(needs: str, install: Callable[..., Any]) -> None:
     install("future", GOOD.replace("{slug}", "future"), requires=(needs,))
     (fault,) = [f for f in plugins.registry().quarantine if f.entry.name == "future"]
@@ -81,9 +112,124 @@ def test_a_plugin_for_another_core(needs: str, install: Callable[..., Any]) -> N
     assert "needs kdcore" in fault.error
 
 
-def test_a_range_that_fits_and_other_requirements_are_fine(install: Callable[..., Any]) -> None:
-    install("fits", GOOD.replace("{slug}", "fits"), requires=("kdcore>=0.1", "kdcore-extras>=99", "numpy"))
-    assert plugins.registry().find("loss", "fits")
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "kdcore",
+        "kdcore>=0.1",
+        "kdcore (>=0.1.0)",
+        "kdcore[demo]>=0.1,<1",
+        "kdcore>=99; python_version < '3'",
+        "kdcore>=99; extra == 'later'",
+        "kdcore @ file:///somewhere",
+        "kdcore-extras>=99",
+        "kdcore.extras>=99",
+        "numpy>=99",
+    ],
+)
+def test_ranges_that_fit_and_requirements_of_others(needs: str, install: Callable[..., Any]) -> None:
+    install("fits", GOOD.replace("{slug}", "fits"), requires=(needs,))
+    assert not [f for f in plugins.registry().quarantine if f.entry.name == "fits"]
+
+
+def test_a_damaged_installation_is_pointed_at_and_the_others_are_found() -> None:
+    class Point:
+        name, value, dist = "damaged", "no_such_module", None
+
+    entry = plugins._entry(Point())  # type: ignore[arg-type]
+    registry = plugins.discover([*plugins._entry_points(), entry])
+    assert [(f.entry.name, f.entry.distribution, f.phase) for f in registry.quarantine] == [
+        ("damaged", "unknown", "import")
+    ]
+    assert registry.find("loss", "kd")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Entry]]:
+    """Make a plugin that is a package with a heavy module ``loss``; its light module begins with a line."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made: list[str] = []
+
+    def make(line: str) -> Entry:
+        name = f"kd_plugin_made_{len(made)}"
+        made.append(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.py").write_text("import torch\ndef helper(): ...", "utf-8")
+        code = f"{HEAD}{line}\n@hookimpl\ndef kd_losses():\n    yield Component('made', '{name}.loss:helper')"
+        (tmp_path / name / "__init__.py").write_text(code, "utf-8")
+        importlib.invalidate_caches()
+        return Entry("made", "kd-plugin-made", "0.1", name)
+
+    yield make
+    for name in [each for each in sys.modules if each.partition(".")[0] in made]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch",
+        "import torch.nn as nn",
+        "from torch.nn import Linear",
+        "from torch import float32 as kept, nn",
+        "from kdcore import Loss",
+        "from kdcore.kinds import frozen",
+        "from .loss import helper",
+    ],
+)
+def test_a_heavy_module_shows_though_torch_is_imported_already(
+    line: str, package: Callable[[str], Entry]
+) -> None:
+    importlib.import_module("kdcore.kinds")
+    (fault,) = plugins.discover([package(line)]).quarantine
+    assert fault.phase == "light"
+    assert "import it inside the component's own module" in fault.error
+
+
+@pytest.mark.parametrize("line", ["", "from kdcore import lazy, InputError", "import kdcore, json, pathlib"])
+def test_a_light_module_stays_light_when_its_parts_are_imported_later(
+    line: str, package: Callable[[str], Entry]
+) -> None:
+    entry = package(line)
+    assert not plugins.discover([entry]).quarantine
+    importlib.import_module(f"{entry.target}.loss")
+    assert not plugins.discover([entry]).quarantine
+
+
+def test_what_a_plugin_prints_does_not_spoil_what_is_listed(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = GOOD.replace("{slug}", "noisy").replace("yield", "print('hello')\n        yield")
+    install("noisy", f"print('imported')\n{textwrap.dedent(code)}")
+    assert plugins.registry().find("loss", "noisy")
+    said = capsys.readouterr()
+    assert (said.out, "imported" in said.err, "hello" in said.err) == ("", True, True)
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "raise SystemExit(4)", "import no_such_module", "x = 1"])
+def test_a_component_whose_module_fails_is_fatal_only_where_it_is_named(
+    code: str, install: Callable[..., Any], write_module: Callable[..., str], tiny: dict[str, Any]
+) -> None:
+    module = write_module(code)
+    install("late", GOOD.replace("{slug}", "late").replace("kdcore.losses:kd_loss", f"{module}:loss"))
+    kdcore.check(tiny)
+    tiny["loss"][0] = {"use": "late"}
+    with pytest.raises(InputError, match="cannot import") as caught:
+        kdcore.check(tiny)
+    assert caught.value.place == "loss.0.use"
+
+
+def test_only_recipes_that_name_the_broken_plugin_fail(
+    install: Callable[..., Any], tiny: dict[str, Any]
+) -> None:
+    for slug, (_, code, _) in BROKEN.items():
+        install(slug, code)
+    assert {f.entry.name for f in plugins.registry().quarantine} == set(BROKEN)
+    kdcore.check(tiny)
+    for slug in BROKEN:
+        tiny["loss"][0] = {"use": slug}
+        with pytest.raises(InputError, match="quarantine"):
+            kdcore.check(tiny)
 
 
 def test_one_name_from_two_distributions(install: Callable[..., Any]) -> None:
