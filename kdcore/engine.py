@@ -17,10 +17,11 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from kdcore import memory, parallel
-from kdcore.building import own_optimizers, trainable
+from kdcore.building import trainable
 from kdcore.data import StepSampler
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
 from kdcore.errors import InputError
+from kdcore.optimizers import own_optimizers
 from kdcore.tables import TrainTable
 
 __all__ = ["Fit", "fit", "make_runner"]
@@ -168,10 +169,6 @@ def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
     if train.precision == "bf16":
         return _Autocast(device, **options)
     if train.precision == "fp16":
-        if device != "cuda":
-            raise InputError(
-                "train.precision", "fp16 training needs a GPU", given="fp16", allowed="fp32, bf16 on a CPU"
-            )
         return AmpOptimWrapper(dtype="float16", **options)
     return OptimWrapper(**options)
 
