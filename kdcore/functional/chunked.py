@@ -42,9 +42,8 @@ def chunked(
         is harmless there. `weights` multiply the values and may carry gradient.
     per_token: keyword arguments of `fn` with one entry per token (a target, a temperature each). These, and
         tensors in `options`, get gradient where they ask for it.
-    vocabulary: see `align_vocabularies`.
-    chunk_size: tokens at a time; by default as many as give 64 MiB of float32 logits per side (256 MiB off
-        the CPU), a quarter of it for functions without a kernel.
+    vocabulary: see `align_vocabularies`. chunk_size: tokens at a time; by default as many as give 64 MiB of
+        float32 logits per side (256 MiB off the CPU), a quarter of it for functions without a kernel.
 
     The gradient is made in the forward pass, for a backward pass that brings one factor for all tokens (sum,
     mean, loss scale); anything else, or a second backward pass, computes it anew. Under ``create_graph=True``
@@ -114,11 +113,12 @@ def _matmul_dtype(side: Unembed) -> torch.dtype:
 
 def _sizes(sides: Sequence[Unembed], has_kernel: bool, chunk_size: int | None) -> dict[str, int]:
     """Rows per chunk, in equal shares, and per tile."""
-    count = len(sides[0].hidden)
-    entries, on_cpu = max(len(side.weight) for side in sides), sides[0].hidden.device.type == "cpu"
+    (count, _), on_cpu = sides[0].hidden.shape, sides[0].hidden.device.type == "cpu"
+    entries = max(len(side.weight) for side in sides)
     if chunk_size is None:
         most = max((2**24 if on_cpu else 2**26) // (1 if has_kernel else 4) // entries, 1)
         chunk_size = max(-(-count // max(-(-count // most), 1)), 1)
     check(chunk_size >= 1, f"chunk_size must be at least 1, given {chunk_size}")
-    # The few buffers of a tile should fit the cache of one core; a GPU rather wants few launches.
-    return {"chunk_size": chunk_size, "tile_size": max((2**18 if on_cpu else 2**25) // entries, 1)}
+    # The few buffers of a tile should fit the caches of the cores at work; a GPU rather wants few launches.
+    tile = 2**18 * torch.get_num_threads() if on_cpu else 2**25
+    return {"chunk_size": chunk_size, "tile_size": max(tile // entries, 1)}

@@ -51,9 +51,6 @@ def forward_kl(log_q: Tensor, log_p: Tensor, *, subtract_entropy: bool = True) -
     return -(log_p.exp() * log_q.masked_fill(log_q.isneginf(), 0.0)).sum(-1)
 
 
-kl_divergence = forward_kl
-
-
 @_divergence
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p): seeks the teacher's main modes."""
@@ -164,6 +161,7 @@ def interpolated_kl(log_q: Tensor, log_p: Tensor, *, t: PerRow, subtract_entropy
     return forward_kl(log_q, target, t_squared=False, subtract_entropy=subtract_entropy)
 
 
+kl_divergence = forward_kl
 _ALL = [forward_kl, reverse_kl, jeffreys, js, generalized_js, skew_forward_kl, skew_reverse_kl]
 _ALL += [total_variation, adaptive_kl, decoupled_kl, hellinger, alpha_divergence]
 DIVERGENCES: dict[str, Divergence] = {f.__name__: f for f in _ALL}
