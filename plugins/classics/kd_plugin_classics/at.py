@@ -41,11 +41,13 @@ def at_loss(
     difference = attention_map(student, power) - attention_map(teacher, power)
     if variant == "released":
         return difference.square().mean(1)
-    return difference.norm(dim=1) / 2 / difference.shape[1]
+    distance: Tensor = difference.norm(dim=1)
+    return distance / 2 / difference.shape[1]
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    mine, theirs = student.shape[2:], teacher.shape[2:]
+    """The larger map (by height) pooled to the size of the smaller."""
+    mine, theirs = ((x.shape[2], x.shape[3]) for x in (student, teacher))
     if mine > theirs:
         return F.adaptive_avg_pool2d(student, theirs), teacher
     return student, F.adaptive_avg_pool2d(teacher, mine) if mine < theirs else teacher

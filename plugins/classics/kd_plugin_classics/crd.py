@@ -85,14 +85,13 @@ class CRD(Loss):
         s = _project(self.project_student, student["embedding"])
         t = _project(self.project_teacher, teacher["embedding"].detach())
         scores = self._scores(s, self.bank.teacher, index), self._scores(t, self.bank.student, index)
-        known = (
-            self.scale
-            if self.scale.all()
-            else torch.stack([x.detach().mean() for x in scores]) * len(self.bank)
-        )
-        self._fresh = rows, s.detach(), t.detach(), known
+        scale = self.scale
+        if not scale.all():
+            scale = torch.stack([each.detach().mean() for each in scores]) * len(self.bank)
+        self._fresh = rows, s.detach(), t.detach(), scale
         epsilon = EPSILON if self.variant == "released" else 0.0
-        return sum(nce_loss(x / z, len(self.bank), epsilon) for x, z in zip(scores, known, strict=True))
+        ours, theirs = (nce_loss(x / z, len(self.bank), epsilon) for x, z in zip(scores, scale, strict=True))
+        return ours + theirs
 
     def _scores(self, anchor: Tensor, memory: Tensor, index: Tensor) -> Tensor:
         """exp(cosine / temperature) of each anchor [B, D] with its rows [B, 1 + N] of a memory [M, D]."""

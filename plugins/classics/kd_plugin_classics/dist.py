@@ -18,7 +18,8 @@ Temperature = Annotated[float, Field(gt=0)]
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - the correlation of each row of ``a`` with the same row of ``b``: [N, M] of both -> [N], in [0, 2]."""
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    return 1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)
+    correlation: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)
+    return 1 - correlation
 
 
 @conventions(couples_batch=True)

@@ -80,16 +80,15 @@ class FitNet(Loss):
 def _resize(guided: Sequence[int], hint: Sequence[int], strided: bool) -> nn.Module:
     if len(hint) == 2:
         return nn.Linear(guided[1], hint[1])
-    (c_s, *size_s), (c_t, *size_t) = guided[1:], hint[1:]
-    if strided and size_s == [2 * n for n in size_t]:
+    (c_s, h_s, w_s), (c_t, h_t, w_t) = guided[1:], hint[1:]
+    if strided and (h_s, w_s) == (2 * h_t, 2 * w_t):
         return nn.Conv2d(c_s, c_t, 3, stride=2, padding=1)
-    if strided and [2 * n for n in size_s] == size_t:
+    if strided and (2 * h_s, 2 * w_s) == (h_t, w_t):
         return nn.ConvTranspose2d(c_s, c_t, 4, stride=2, padding=1)
-    kernel = [1 + s - t for s, t in zip(size_s, size_t, strict=True)]
-    if min(kernel) < 1:
+    if h_s < h_t or w_s < w_t:
         raise InputError(
             "classics.fitnet",
-            f"the student's map {size_s} is smaller than the teacher's {size_t}",
+            f"the student's map {h_s} x {w_s} is smaller than the teacher's {h_t} x {w_t}",
             hint='tap an earlier layer of the student; variant = "repdistiller" can double a size',
         )
-    return nn.Conv2d(c_s, c_t, kernel)
+    return nn.Conv2d(c_s, c_t, (1 + h_s - h_t, 1 + w_s - w_t))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, eye
+from torch import Tensor
 
 from kdcore import conventions
 from kdcore.functional import at_least_float32
@@ -20,7 +21,7 @@ def distance_loss(student: Tensor, teacher: Tensor, variant: Variant = "paper") 
 
     Embeddings [B, ...] of both, B >= 2; their sizes may differ.
     """
-    apart = ~eye(len(student), dtype=bool, device=student.device)
+    apart = _distinct(student)
     huber = F.smooth_l1_loss(
         _distances(student, apart), _distances(teacher.detach(), apart), reduction="none"
     )
@@ -35,7 +36,7 @@ def angle_loss(student: Tensor, teacher: Tensor, variant: Variant = "paper") -> 
     huber = F.smooth_l1_loss(_angles(student), _angles(teacher.detach()), reduction="none")
     if variant == "released":
         return huber.mean()
-    apart = ~eye(len(student), dtype=bool, device=student.device)
+    apart = _distinct(student)
     return huber[apart[:, :, None] & apart[:, None, :] & apart[None]].mean()
 
 
@@ -61,6 +62,11 @@ def rkd_loss(
     )
 
 
+def _distinct(embedding: Tensor) -> Tensor:
+    """Bool [B, B]: the pairs of two samples."""
+    return ~torch.eye(len(embedding), dtype=torch.bool, device=embedding.device)
+
+
 def _differences(embedding: Tensor) -> Tensor:
     """[B, B, D]: entry [i, j] points from sample i to sample j."""
     x = at_least_float32(embedding).flatten(1)
@@ -69,7 +75,7 @@ def _differences(embedding: Tensor) -> Tensor:
 
 def _distances(embedding: Tensor, apart: Tensor) -> Tensor:
     """psi_D of all pairs [B, B], 1 on average."""
-    distances = _differences(embedding).norm(dim=-1)
+    distances: Tensor = torch.linalg.vector_norm(_differences(embedding), dim=-1)
     return distances / distances[apart].mean()
 
 
