@@ -9,21 +9,23 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
-from kdcore import building, parallel, plugins
+from kdcore import building, optimizers, parallel, plugins, resolve
+from kdcore import folder as folders
 from kdcore import recipe as recipes
 from kdcore.checkpoint import replacing, write_json
 from kdcore.errors import InputError
 from kdcore.progress import Progress
 from kdcore.signals import graceful
-from kdcore.stages import StageRun
+from kdcore.source import LOCK
+from kdcore.stages import StageRun, device_of
 from kdcore.tables import Recipe, StageTable
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any]
@@ -46,14 +48,14 @@ class Result:
         return dict(self.results.get("test", {}).get("student", {}))
 
 
-def check(where: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
+def check(where: RecipeLike, overrides: Iterable[str] = (), *, plugins_only: bool = False) -> Recipe:
     """All three phases: text and names, signatures, then models, taps and shapes on one small real batch."""
     source = recipes.read(where, overrides)
     recipe = recipes.check(source)
-    try:
+    with _located(source), folders.beside(source):
+        if plugins_only:
+            resolve.refuse_code(source.tree)
         _check_whole(recipe)
-    except InputError as error:
-        raise recipes.located(error, source) from error.__cause__
     return recipe
 
 
@@ -75,17 +77,31 @@ def run(
     """
     source = recipes.read(where, [*overrides, *([] if seed is None else [f"seed={seed}"])])
     recipe = recipes.check(source)
-    if plugins_only:
-        _refuse_callables(source.tree)
-    folder = Path(out) if out else Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    default = Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = (Path(out) if out else default).absolute()
+    with _located(source), parallel.group(), folders.beside(source):
+        if plugins_only:
+            resolve.refuse_code(source.tree)
+        if not (resume and (folder / LOCK).exists()):
+            _check_whole(recipe)
+        made = not parallel.rank() and folders.open_folder(folder, source, resume, force)
+        parallel.barrier()
+        try:
+            return _run(recipe, folder, Progress(quiet or bool(parallel.rank())))
+        except InputError:
+            if made:
+                folders.discard(folder)
+            raise
+
+
+@contextmanager
+def _located(source: recipes.Source) -> Iterator[None]:
+    """Give an InputError of this block the file and line of its place."""
     try:
-        with parallel.group(), _working_folder(source.folder):
-            if not (resume and (folder / "recipe.lock.toml").exists()):
-                _check_whole(recipe)
-            _open_folder(folder.resolve() if out else folder, source, recipe, resume, force)
-            return _run(recipe, folder.resolve(), Progress(quiet or bool(parallel.rank())))
+        yield
     except InputError as error:
-        raise recipes.located(error, source) from error.__cause__
+        recipes.located(error, source)
+        raise
 
 
 def build(kind: str, name: str, **params: Any) -> Any:
@@ -140,7 +156,7 @@ def _stage(
     view = recipes.parse_stage(recipe, table, f"stage.{index}")
     stage_run = StageRun(view, name, folder / "stages" / name, artefacts, progress)
     stage_run.folder.mkdir(parents=True, exist_ok=True)
-    params = building._stage_params("stage", table)
+    params = resolve.stage_params("stage", table)
     stage = stage_run.builder().make("stage", table.use, params, f"stage.{index}")
     return dict(stage.run(stage_run))
 
@@ -176,106 +192,33 @@ def versions(recipe: Recipe) -> dict[str, str]:
 
 def _check_whole(recipe: Recipe) -> None:
     """Phases two and three. Stages that need earlier artefacts are tried when they start."""
-    building.check_signatures(recipe)
+    resolve.check_signatures(recipe)
     stages = recipe.stage or [StageTable(use="distill", name="distill")]
     with tempfile.TemporaryDirectory() as scratch:
         for index, table in enumerate(stages):
             view = recipes.parse_stage(recipe, table, f"stage.{index}")
-            if '"@' in json.dumps(view.model_dump(), default=str) or table.use != "distill":
-                continue
-            trial = StageRun(view, "check", Path(scratch), {})
-            for name in view.teacher:
-                trial.of_teacher(name)
-            parts = building.assemble(view, trial.source, trial.builder())
-            _, context = trial.context(parts)
-            building.optimizer_of(view.train.optimizer, list(parts.student.parameters()), "train.optimizer")
-            if view.export is not None:
-                parts.student.inputs(context.sample.part(context.sample.streams[0]))
+            if table.use == "distill" and '"@' not in json.dumps(view.model_dump(), default=str):
+                _try(StageRun(view, "check", Path(scratch), {}))
 
 
-def _open_folder(folder: Path, source: recipes.Source, recipe: Recipe, resume: bool, force: bool) -> None:
-    """Make the run folder, or join the one that is there; the lock says which recipe it belongs to."""
-    if parallel.rank():
-        parallel.barrier()
-        return
-    lock = folder / "recipe.lock.toml"
-    tree = _tomlable(source.tree)
-    if lock.exists():
-        import tomllib
-
-        before = tomllib.loads(lock.read_text("utf-8"))
-        difference = _difference(before, tree)
-        if not resume:
+def _try(trial: StageRun) -> None:
+    """Build and set up everything that a stage of ``distill`` will, on a small real batch; keep nothing."""
+    view = trial.recipe
+    for name, table in view.teacher.items():
+        trial.of_teacher(name)
+        if table.train is not None:
+            device_of(recipes.teacher_train(view, name))
+    parts = building.assemble(view, trial.source, trial.builder())
+    for name, table in view.teacher.items():
+        if table.train is not None and parts.teachers[name].trainee() is None:
             raise InputError(
-                str(folder), "this folder holds a run already", hint="--resume, or another --out"
+                f"teacher.{name}.train", f"a teacher of use = {table.use!r} cannot be trained here"
             )
-        if difference and not force:
-            raise InputError(
-                str(folder),
-                f"the recipe changed since the run began: {difference}",
-                hint="undo it, or --force",
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(str(folder), "not empty, and no run folder", hint="name another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(lock) as draft:
-            draft.write_text(tomli_w.dumps(tree), "utf-8")
-    except OSError as error:
-        raise InputError(
-            str(folder), f"cannot be written: {error.strerror}", hint="name another --out"
-        ) from None
-    parallel.barrier()
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:
-    rows = []
-    for key in sorted({*before, *now}):
-        here = f"{place}{key}"
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            rows.append(_difference(old, new, f"{here}."))
-        elif old != new:
-            rows.append(f"{here}: {old!r} -> {new!r}")
-    return "; ".join(row for row in rows if row)
-
-
-def _tomlable(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {str(k): _tomlable(v) for k, v in tree.items() if v is not None}
-    return [_tomlable(v) for v in tree] if isinstance(tree, list | tuple) else tree
-
-
-def _refuse_callables(tree: Any, place: str = "") -> None:
-    """--plugins-only: a recipe may name installed components and nothing else."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            _refuse_callables(value, f"{place}.{key}".strip("."))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            _refuse_callables(value, f"{place}.{index}")
-    elif isinstance(tree, str) and ":" in tree and not tree.startswith("kdcore.") and _is_import(tree):
-        raise InputError(
-            place, "names code, and --plugins-only allows installed components alone", given=tree
-        )
-
-
-def _is_import(text: str) -> bool:
-    module, _, attribute = text.partition(":")
-    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
-class _working_folder:  # noqa: N801 - a context manager
-    """Import strings of a recipe may name modules beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __enter__(self) -> None:
-        import sys
-
-        if self.folder not in sys.path:
-            sys.path.insert(0, self.folder)
-
-    def __exit__(self, *exc: object) -> None:
-        pass
+    distiller, context = trial.context(parts)
+    trained = building.trainable(distiller)
+    if not trained:
+        raise InputError("student.train", "nothing is left to train")
+    optimizers.optimizer_of(view.train.optimizer, trained, "train.optimizer")
+    optimizers.own_optimizers(parts, optimizers.optimizer_tables(view, parts))
+    if view.export is not None:
+        parts.student.inputs(context.sample.part(context.sample.streams[0]))

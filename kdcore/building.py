@@ -5,61 +5,28 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdcore import plugins
+from kdcore import kinds
 from kdcore.context import RunContext
 from kdcore.data import Source, key_seed
 from kdcore.distill import Distiller
-from kdcore.errors import InputError, KDError
+from kdcore.errors import InputError, KDError, cause, nearest
 from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen
 from kdcore.parts import Parts, Slot
-from kdcore.recipe import components
-from kdcore.signature import Schema, import_string, schema_of
-from kdcore.tables import Recipe, Use
+from kdcore.resolve import is_artefact, schema
+from kdcore.signature import Schema, import_string
+from kdcore.tables import Recipe
 from kdcore.taps import Taps
 from kdcore.task import Task, check_alignment
 from kdcore.types import Batch, Outputs
 
+__all__ = ["NATIVE", "Builder", "assemble", "make_student", "prepare", "schema", "trainable"]
 NATIVE = ("logits", "mask", "target", "unembed", "topk")
-
-
-def schema(kind: str, name: str, place: str = "use") -> tuple[Any, Schema]:
-    """The target and the parameters of a component. Imports its module."""
-    _, component = plugins.registry().find(kind, name, place)
-    target = plugins.load_target(component, place)
-    return target, schema_of(target, component.name, is_loss=kind == "loss")
-
-
-def check_signatures(recipe: Recipe) -> None:
-    """Phase two: every component's parameters against its signature. Imports only what the recipe names."""
-    for place, kind, table in components(recipe):
-        params = _stage_params(kind, table)
-        _check(kind, table.use, params, place)
-
-
-def _stage_params(kind: str, table: Use) -> dict[str, Any]:
-    from kdcore.recipe import NESTED_TABLES
-
-    return {k: v for k, v in table.params.items() if kind != "stage" or k not in NESTED_TABLES}
-
-
-def _check(kind: str, name: str, params: Mapping[str, Any], place: str) -> None:
-    _, found = schema(kind, name, f"{place}.use")
-    found.validate(params, place)
-    for key, value in params.items():
-        inner = found.nested(key) if key in found.params else None
-        for index, each in enumerate(value if isinstance(value, list) else [value]):
-            if inner and isinstance(each, Mapping):
-                where = f"{place}.{key}.{index}" if isinstance(value, list) else f"{place}.{key}"
-                if "use" not in each:
-                    raise InputError(where, f"a {inner} is a table with 'use'", given=each)
-                _check(inner, each["use"], {k: v for k, v in each.items() if k != "use"}, where)
 
 
 class Builder:
@@ -82,8 +49,14 @@ class Builder:
             torch.manual_seed(key_seed(self.seed, "weights", place))
             try:
                 instance = target(**values)
-            except (TypeError, ValueError) as error:
-                raise InputError(place, f"{found.name} refused its parameters: {error}") from error
+            except KDError:
+                raise
+            except Exception as error:  # a plugin's constructor may raise anything
+                raise InputError(place, f"{found.name} refused its parameters: {cause(error)}") from error
+        wanted = getattr(kinds, kind.capitalize())
+        if kind != "exporter" and not isinstance(instance, wanted):
+            problem = f"{found.name} makes a {type(instance).__name__}, which is no {wanted.__name__}"
+            raise InputError(f"{place}.use", problem, hint=f"its class derives from kdcore.{wanted.__name__}")
         self.built[place.rpartition(".")[2]] = instance
         return instance
 
@@ -111,7 +84,7 @@ class Builder:
 
     def _artefact(self, value: Any, place: str) -> Any:
         """``"@stage.artefact"`` is what an earlier stage left."""
-        if not (isinstance(value, str) and value.startswith("@") and "." in value):
+        if not is_artefact(value):
             return value
         if value[1:] not in self.artefacts:
             raise InputError(
@@ -210,9 +183,15 @@ def prepare(parts: Parts, source: Source, run: RunContext, distiller: Distiller)
 
 
 def _set_up(components: Iterable[tuple[str, Kind]]) -> None:
-    for _, component in components:
+    for name, component in components:
         if (setup := getattr(component, "setup", None)) is not None:
-            setup()
+            try:
+                setup()
+            except KDError:
+                raise
+            except Exception as error:
+                hint = "kd run --debug shows where"
+                raise InputError(name, f"its setup fails: {cause(error)}", hint=hint) from error
 
 
 def _set_taps(parts: Parts) -> None:
@@ -245,15 +224,10 @@ def _set_taps(parts: Parts) -> None:
 
 
 def _check_path(root: nn.Module, path: str, place: str) -> None:
-    from kdcore.errors import nearest
-
     modules = [name for name, _ in root.named_modules() if name]
-    if path in modules or path.removesuffix(".in") in modules:
-        return
-    shown = ", ".join(modules[:30]) + (f", and {len(modules) - 30} more" if len(modules) > 30 else "")
-    raise InputError(
-        place, "no module at this path of the model", given=path, allowed=shown, hint=nearest(path, modules)
-    )
+    if path not in modules and path.removesuffix(".in") not in modules:
+        hint = nearest(path, modules)
+        raise InputError(place, "no module at this path of the model", given=path, allowed=modules, hint=hint)
 
 
 @torch.no_grad()
@@ -267,6 +241,8 @@ def _dry_run(distiller: Distiller, run: RunContext) -> None:
         for stream in batch.streams:
             part = batch.part(stream)
             said = _asked(distiller, "student", part, "student")
+            if not batch.parts:  # what a stream of several is for, its losses know
+                _check_judged(parts, said, part)
             for name in parts.needs:
                 _aligned(said, _asked(distiller, name, part, f"teacher.{name}"), parts, name)
         for augmentation in parts.augmentations.values():
@@ -274,12 +250,10 @@ def _dry_run(distiller: Distiller, run: RunContext) -> None:
         distiller.terms(batch)
     except InputError:
         raise
-    except (KDError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            "",
-            f"the recipe fails on its first batch: {type(error).__name__}: {error}",
-            hint="kd run --debug shows where",
-        ) from error
+    except Exception as error:  # losses, routers and augmentations may raise anything
+        reason = str(error) if isinstance(error, KDError) else cause(error)
+        problem, hint = f"the recipe fails on its first batch: {reason}", "kd run --debug shows where"
+        raise InputError("", problem, hint=hint) from error
     finally:
         distiller.train(was_training)
 
@@ -294,16 +268,40 @@ def _aligned(student: Outputs, teacher: Outputs, parts: Parts, name: str) -> Non
         check_alignment(student, teacher, f"teacher.{name}")
 
 
-def _asked(distiller: Distiller, name: str, part: Batch, place: str) -> Outputs:
+def _check_judged(parts: Parts, said: Outputs, batch: Batch) -> None:
+    """The task's metrics take the student's answers: as many classes as the data have."""
+    task, logits = parts.task, said.logits
+    classes = task.classes if task.table.use == "classification" else None
+    if classes and logits is not None and logits.shape[1] < classes:
+        problem = f"the student has {logits.shape[1]} classes, the data {classes}"
+        raise InputError("student", problem, hint="give the model an output for each class")
+    inferred = parts.student.infer(said)
     try:
-        return distiller.ask(name, part)
+        task.meter().update(inferred, said, batch)
+    except InputError:
+        raise
+    except Exception as error:
+        shapes = {name: tuple(value.shape) for name, value in inferred.items()}
+        problem = f"the task's metrics cannot judge what it infers: {cause(error)}"
+        raise InputError("student", problem, given=shapes, allowed=f"{task.classes} classes") from error
+
+
+def _asked(distiller: Distiller, name: str, part: Batch, place: str) -> Outputs:
+    """A model's answer; every module that is tapped must have been called."""
+    try:
+        said = distiller.ask(name, part)
     except InputError:
         raise
     except Exception as error:  # a model may raise anything on data that it was not made for
         shapes = {k: tuple(v.shape) for k, v in part.items() if isinstance(v, torch.Tensor)}
         raise InputError(
-            place, f"the model fails on the first batch: {type(error).__name__}: {error}", given=shapes
+            place, f"the model fails on the first batch: {cause(error)}", given=shapes
         ) from error
+    taps = distiller.parts.taps.get(name)
+    for path in taps.names if taps is not None else ():
+        if path not in said:
+            raise InputError(place, f"its forward never calls the module {path!r}, which a loss reads")
+    return said
 
 
 def trainable(distiller: Distiller) -> list[nn.Parameter]:
@@ -316,72 +314,6 @@ def trainable(distiller: Distiller) -> list[nn.Parameter]:
 
 def _owns(component: Kind) -> bool:
     return component.own_optimizer is not None
-
-
-def optimizer_of(
-    table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str
-) -> torch.optim.Optimizer:
-    """A torch optimiser by name, its options checked against its signature."""
-    use = table.use if isinstance(table, Use) else table["use"]
-    options = table.params if isinstance(table, Use) else {k: v for k, v in table.items() if k != "use"}
-    known = {
-        n: v
-        for n, v in vars(torch.optim).items()
-        if inspect.isclass(v) and issubclass(v, torch.optim.Optimizer)
-    }
-    if use not in known or use == "Optimizer":
-        from kdcore.errors import nearest
-
-        raise InputError(
-            f"{place}.use", "no such optimiser in torch.optim", given=use, hint=nearest(use, known)
-        )
-    schema = schema_of(known[use], use)
-    schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
-    checked = _numbers(schema.validate({k: _float(v) for k, v in options.items()}, place))
-    try:
-        return known[use](params, **checked)
-    except (ValueError, TypeError) as error:
-        raise InputError(place, f"{use} refused its options: {error}", given=options) from error
-
-
-def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers of the components that step themselves, by component name."""
-    found = {}
-    for name, component in parts.components():
-        if component.own_optimizer is None:
-            if name in tables:
-                raise InputError(
-                    f"{name}.optimizer",
-                    "this component is trained by the run's optimiser",
-                    hint="take it out",
-                )
-            continue
-        params = [p for p in component.parameters() if p.requires_grad]
-        if params:
-            found[name] = optimizer_of(tables.get(name, component.own_optimizer), params, f"{name}.optimizer")
-    return found
-
-
-def optimizer_tables(recipe: Recipe, parts: Parts) -> dict[str, Use]:
-    """The recipe's ``optimizer`` tables by component name."""
-    tables: dict[str, Use] = {}
-    if recipe.router and recipe.router.optimizer:
-        tables["router"] = recipe.router.optimizer
-    for name, each in zip(parts.augmentations, recipe.augmentation, strict=True):
-        if each.optimizer:
-            tables[f"augmentation.{name}"] = each.optimizer
-    for slot, loss in zip(parts.losses, recipe.loss, strict=True):
-        if loss.optimizer:
-            tables[f"loss.{slot.name}"] = loss.optimizer
-    return tables
-
-
-def _float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _tuple(value: str | list[str] | None) -> tuple[str, ...] | None:

@@ -49,8 +49,8 @@ def run(recipe: str, overrides: tuple[str, ...], check: bool, **options: Any) ->
     from kdcore import api
 
     if check:
-        options["seed"] is None or (overrides := (*overrides, f"seed={options['seed']}"))
-        api.check(recipe, overrides)
+        seed = () if options["seed"] is None else (f"seed={options['seed']}",)
+        api.check(recipe, (*overrides, *seed), plugins_only=options["plugins_only"])
         click.echo(f"{recipe}: a valid recipe")
         return
     result = api.run(recipe, overrides=overrides, **options)

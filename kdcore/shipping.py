@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from torch import nn
 
 from kdcore import building as build
 from kdcore import recipe as recipes
+from kdcore import resolve
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
 from kdcore.kinds import Deployed, ExportRequest, Student
+from kdcore.source import LOCK
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
 from kdcore.task import LOSS, Task, higher_is_better
@@ -28,17 +30,19 @@ SAMPLES = 256
 
 def load_run(folder: Path) -> tuple[Recipe, StageRun]:
     """The recipe and the last stage's view of a run folder, with the artefacts that its stages left."""
-    lock = folder / "recipe.lock.toml"
+    lock = folder / LOCK
     if not lock.exists():
-        raise InputError(str(folder), "no run folder: it has no recipe.lock.toml")
-    recipe = recipes.parse(tomllib.loads(lock.read_text("utf-8")))
+        raise InputError(str(folder), f"no run folder: it has no {LOCK}")
+    source = recipes.read(lock)
+    sys.path += [str(source.folder)] if str(source.folder) not in sys.path else []
+    recipe = recipes.parse(source.tree)
     stages = recipe.stage
     if not stages:
         return recipe, StageRun(recipe, "distill", folder / "stages" / "distill")
     name = recipes.stage_name(stages[-1], len(stages) - 1)
     view = recipes.parse_stage(recipe, stages[-1], f"stage.{len(stages) - 1}")
     run = StageRun(view, name, folder / "stages" / name, _artefacts(folder))
-    stage = run.builder().make("stage", stages[-1].use, build._stage_params("stage", stages[-1]), "stage")
+    stage = run.builder().make("stage", stages[-1].use, resolve.stage_params("stage", stages[-1]), "stage")
     run.recipe = stage.view(view, run.artefacts)
     return recipe, run
 

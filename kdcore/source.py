@@ -17,6 +17,8 @@ from kdcore.errors import InputError, cause, nearest
 from kdcore.hookspecs import GROUP
 
 MAX_BYTES = 1_000_000
+LOCK = "recipe.lock.toml"  # a run folder's copy of its recipe; its first line says where the recipe stood
+MADE_FROM = "# made from a recipe in "
 _KEY = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
 _HEADER = re.compile(rf"(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]\]?\s*(?:#.*)?")
 _VALUE = re.compile(rf"({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
@@ -24,7 +26,7 @@ _VALUE = re.compile(rf"({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
 
 @dataclass(frozen=True)
 class Source:
-    """A recipe's text as it was read, with the folder that its relative paths start from."""
+    """A recipe's text as it was read, with the folder whose modules its import strings may name."""
 
     tree: dict[str, Any]
     path: str = ""
@@ -33,6 +35,9 @@ class Source:
 
     @property
     def folder(self) -> Path:
+        first = self.text.partition("\n")[0]
+        if Path(self.path).name == LOCK and first.startswith(MADE_FROM):
+            return Path(first.removeprefix(MADE_FROM))
         return Path(self.path).resolve().parent if self.path else Path.cwd()
 
 

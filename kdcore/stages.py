@@ -26,9 +26,10 @@ from kdcore.data import Source
 from kdcore.distill import Distiller
 from kdcore.errors import InputError
 from kdcore.kinds import Stage, Teacher
+from kdcore.optimizers import optimizer_of, optimizer_tables
 from kdcore.parts import Parts
 from kdcore.progress import Progress
-from kdcore.recipe import merge, parse
+from kdcore.recipe import merge, parse, teacher_train
 from kdcore.tables import Recipe, TrainTable
 from kdcore.task import Task, evaluate
 from kdcore.types import Batch
@@ -58,7 +59,7 @@ class StageRun:
 
     @cached_property
     def device(self) -> torch.device:
-        return device_of(self.recipe.train.device)
+        return device_of(self.recipe.train)
 
     def builder(self) -> build.Builder:
         return build.Builder(self.seed, self.artefacts, self.folder)
@@ -120,8 +121,8 @@ class StageRun:
             evaluate=lambda: evaluate(
                 _Viewed(student, view), self.source.loader("val"), parts.task, self.device
             ),
-            make_optimizer=lambda params: build.optimizer_of(table.optimizer, params, "train.optimizer"),
-            optimizer_tables=build.optimizer_tables(self.recipe, parts) if parts.losses else {},
+            make_optimizer=lambda params: optimizer_of(table.optimizer, params, "train.optimizer"),
+            optimizer_tables=optimizer_tables(self.recipe, parts) if parts.losses else {},
             identity=self.identity(name),
             title=f"{self.name}/{name}",
             visualizers=tuple(self.recipe.report.visualizers),
@@ -198,11 +199,7 @@ class Distill(Stage):
 
     def _teacher(self, run: StageRun, name: str, results: dict[str, Any], models: dict[str, Any]) -> Path:
         run, table = run.of_teacher(name), run.recipe.teacher[name]
-        train = TrainTable.model_validate(
-            merge(run.recipe.train.model_dump(exclude_unset=True), table.train or {})
-        )
-        if table.train and ("epochs" in table.train) != ("steps" in table.train):
-            train = train.model_copy(update={"steps" if "epochs" in table.train else "epochs": None})
+        train = teacher_train(run.recipe, name)
         teacher: Teacher = run.builder().make("teacher", table.use, table.params, f"teacher.{name}")
         trainee = teacher.trainee()
         if trainee is None:
@@ -360,11 +357,15 @@ def conventions_of(parts: Parts) -> list[dict[str, Any]]:
     return rows
 
 
-def device_of(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device", "no CUDA device is here", given=name, allowed="cpu, auto")
-    index = f":{torch.cuda.current_device()}" if torch.cuda.is_available() else ""
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else f"cuda{index}")
+def device_of(train: TrainTable) -> torch.device:
+    """The device to train on; InputError where it is not here, or cannot do the precision."""
+    here = torch.cuda.is_available()
+    if train.device == "cuda" and not here:
+        raise InputError("train.device", "no CUDA device is here", given="cuda", allowed="cpu, auto")
+    if train.precision == "fp16" and (train.device == "cpu" or not here):
+        allowed = "fp32, bf16 on a CPU"
+        raise InputError("train.precision", "fp16 training needs a GPU", given="fp16", allowed=allowed)
+    return torch.device("cpu" if train.device == "cpu" or not here else f"cuda:{torch.cuda.current_device()}")
 
 
 def _refuse_batch_statistics(student: nn.Module) -> None:

@@ -64,8 +64,16 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         ["student.args.hiden", "did you mean 'hidden'?"],
     ),
     "classes": (
+        lambda r: r["teacher"]["main"]["args"].update(classes=12),
+        ["teacher.main", "12 classes, the student 10"],
+    ),
+    "too few classes": (
         lambda r: r["student"]["args"].update(classes=7),
-        ["teacher.main", "10 classes, the student 7"],
+        ["student", "7 classes, the data 10"],
+    ),
+    "too many classes": (
+        lambda r: (r["student"]["args"].update(classes=12), r["teacher"]["main"]["args"].update(classes=12)),
+        ["student", "metrics cannot judge", "(4, 12)", "10 classes"],
     ),
     "teacher name": (
         lambda r: r["loss"][0].update(teacher="mian"),

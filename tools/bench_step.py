@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from kdcore import engine
-from kdcore.building import optimizer_of
 from kdcore.data import Source
 from kdcore.datasets import TensorSet
+from kdcore.optimizers import optimizer_of
 from kdcore.recipe import parse
 from kdcore.stages import StageRun
 from kdcore.tables import Use

@@ -1,0 +1,124 @@
+"""Run folders: opened when a recipe was found right, joined on resume, never left behind without a result."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from kdcore.checkpoint import replacing
+from kdcore.errors import InputError, KDError
+from kdcore.source import LOCK, MADE_FROM, Source
+
+PLAIN = (str, bool, int, float, datetime.date, datetime.time)
+
+
+def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool:
+    """Make the run folder with its lock, or join the run that is there. True where there was none before."""
+    lock, tree = folder / LOCK, tomlable(source.tree)
+    try:
+        before = _read(lock)
+        if before is not None:
+            _may_join(folder, before, tree, resume, force)
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise InputError(str(folder), "not empty, and no run folder", hint="name another --out")
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or "") from None
+    try:
+        with replacing(lock) as draft:
+            draft.write_text(_origin(source) + tomli_w.dumps(tree), "utf-8")
+    except KDError as error:
+        if made:
+            discard(folder)
+        raise _unwritable(folder, str(error)) from None
+    return made
+
+
+def discard(folder: Path) -> None:
+    """Remove a run folder in which nothing was trained or found yet (the engine's logs do not count)."""
+    with suppress(OSError):
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        if not [path for path in files if path.name != LOCK and "engine" not in path.parts]:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def beside(source: Source) -> Iterator[None]:
+    """Import strings of a recipe may name modules beside it, while this block runs."""
+    folder = str(source.folder)
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
+
+
+def tomlable(value: Any, place: str = "") -> Any:
+    """A recipe given from Python as TOML can hold it; a function is named as an import string."""
+    if isinstance(value, Mapping):
+        rows = ((str(k), v) for k, v in value.items() if v is not None)
+        return {key: tomlable(each, f"{place}.{key}".strip(".")) for key, each in rows}
+    if isinstance(value, list | tuple):
+        return [tomlable(each, f"{place}.{index}") for index, each in enumerate(value)]
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    raise InputError(place, "a recipe holds numbers, strings, arrays and tables", given=value)
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:
+    """``train.epochs: 5 -> 6; ...``: what differs, empty where nothing does."""
+    rows = []
+    for key in sorted({*before, *now}):
+        here = f"{place}{key}"
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            rows.append(difference(old, new, f"{here}."))
+        elif old != new:
+            rows.append(f"{here}: {old!r} -> {new!r}")
+    return "; ".join(row for row in rows if row)
+
+
+def _may_join(
+    folder: Path, before: dict[str, Any], now: Mapping[str, Any], resume: bool, force: bool
+) -> None:
+    if not resume:
+        raise InputError(str(folder), "this folder holds a run already", hint="--resume, or another --out")
+    changed = difference(before, now)
+    if changed and not force:
+        problem = f"the recipe changed since the run began: {changed}"
+        raise InputError(str(folder), problem, hint="undo it, or --force")
+
+
+def _read(lock: Path) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(lock.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise InputError(str(lock), "damaged: it is no TOML", hint="name another --out") from None
+
+
+def _origin(source: Source) -> str:
+    """Where modules beside the recipe are found when the run is resumed or exported."""
+    return f"{MADE_FROM}{source.folder}\n" if source.path and "\n" not in source.path else ""
+
+
+def _unwritable(folder: Path, reason: str) -> InputError:
+    return InputError(str(folder), f"cannot be written: {reason}", hint="name another --out")
