@@ -24,6 +24,7 @@ from kdcore.comparison.runs import Job, finished, outcome, run_arm, train_teache
 from kdcore.comparison.stats import compare_all
 from kdcore.comparison.verdicts import scale_of, verdict
 from kdcore.errors import InputError, Interrupted, RunError
+from kdcore.folder import beside
 from kdcore.progress import Progress
 from kdcore.recipe import Source
 from kdcore.task import DEFAULT_METRICS
@@ -108,7 +109,7 @@ class Work:
 
     def check(self) -> None:
         """Every arm's recipe, wholly, before the first is run."""
-        with api._working_folder(self.source.folder):
+        with beside(self.source):
             for name, tree in self.trees.items():
                 try:
                     api.check(tree)

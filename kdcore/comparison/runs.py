@@ -19,6 +19,7 @@ from kdcore import recipe as recipes
 from kdcore.checkpoint import replacing
 from kdcore.data import _load
 from kdcore.errors import RunError
+from kdcore.folder import tomlable
 from kdcore.report import read_metrics
 from kdcore.signals import graceful
 from kdcore.stages import Distill, StageRun
@@ -72,7 +73,7 @@ def run_arm(job: Job) -> dict[str, Any]:
         lock = job.folder / "recipe.lock.toml"
         if not lock.exists():  # as ``kd run`` opens a folder, so that teachers can lie in it
             with replacing(lock) as draft:
-                draft.write_text(tomli_w.dumps(api._tomlable(job.tree)), "utf-8")
+                draft.write_text(tomli_w.dumps(tomlable(job.tree)), "utf-8")
         if job.teachers is not None:
             _place_teachers(job, job.teachers)
         api.run(job.tree, out=job.folder, resume=True)
@@ -84,7 +85,7 @@ def finished(job: Job) -> bool:
     lock = job.folder / "recipe.lock.toml"
     if not (lock.exists() and (job.folder / "results.json").exists()):
         return False
-    return bool(tomllib.loads(lock.read_text("utf-8")) == api._tomlable(job.tree))
+    return bool(tomllib.loads(lock.read_text("utf-8")) == tomlable(job.tree))
 
 
 def outcome(folder: Path) -> dict[str, Any]:
