@@ -20,7 +20,7 @@ from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen
 from kdcore.parts import Parts, Slot
 from kdcore.resolve import is_artefact, schema
 from kdcore.signature import Schema, import_string
-from kdcore.tables import Recipe
+from kdcore.tables import LossTable, Recipe
 from kdcore.taps import Taps
 from kdcore.task import Task, check_alignment
 from kdcore.types import Batch, Outputs
@@ -132,25 +132,31 @@ def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: b
         place = f"augmentation.{index}"
         parts.augmentations[name] = builder.make("augmentation", wanted.use, wanted.params, place)
     for index, each in enumerate(recipe.loss):
-        loss: Loss = builder.make("loss", each.use, each.params, f"loss.{index}")
-        reads_teacher = loss.joint or any(name.startswith("teacher.") for name in loss.wants())
-        teachers = (_tuple(each.teacher) or tuple(parts.teachers)) if reads_teacher else ()
-        if reads_teacher and not teachers:
-            raise InputError(
-                f"loss.{index}",
-                f"{each.use!r} reads a teacher, and the recipe has none",
-                hint="add [teacher.main]",
-            )
-        if loss.couples_batch and recipe.train.accumulate > 1:
-            raise InputError(
-                f"loss.{index}",
-                f"{each.use!r} relates the samples of a batch: over micro-batches it would be another loss",
-                given=f"train.accumulate = {recipe.train.accumulate}",
-                hint="take accumulate out, or lower batch_size",
-            )
-        name = _unique(each.name or each.use, {slot.name for slot in parts.losses})
-        parts.losses.append(Slot(name, loss, each.weight, teachers, _tuple(each.stream), each.reads))
+        parts.losses.append(_slot(recipe, each, f"loss.{index}", parts, builder))
+    merging = [name for name, component in parts.components() if hasattr(component, "merge")]
+    if merging and recipe.train.precision == "fp16":
+        problem = f"fp16 scales the loss, and {merging[0]} merges gradients that are not scaled"
+        raise InputError("train.precision", problem, given="fp16", allowed="fp32, bf16")
     return parts
+
+
+def _slot(recipe: Recipe, table: LossTable, place: str, parts: Parts, builder: Builder) -> Slot:
+    """A loss with its weight, teachers and streams, where they fit together."""
+    loss: Loss = builder.make("loss", table.use, table.params, place)
+    reads_teacher = loss.joint or any(name.startswith("teacher.") for name in loss.wants())
+    teachers = (_tuple(table.teacher) or tuple(parts.teachers)) if reads_teacher else ()
+    if reads_teacher and not teachers:
+        problem = f"{table.use!r} reads a teacher, and the recipe has none"
+        raise InputError(place, problem, hint="add [teacher.main]")
+    if loss.couples_batch and recipe.train.accumulate > 1:
+        problem = f"{table.use!r} relates the samples of a batch: over micro-batches it would be another loss"
+        given, hint = (
+            f"train.accumulate = {recipe.train.accumulate}",
+            "take accumulate out, or lower batch_size",
+        )
+        raise InputError(place, problem, given=given, hint=hint)
+    name = _unique(table.name or table.use, {slot.name for slot in parts.losses})
+    return Slot(name, loss, table.weight, teachers, _tuple(table.stream), table.reads)
 
 
 def make_student(recipe: Recipe, builder: Builder) -> Student:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, KDError, cause, nearest
 from kdcore.signature import import_string, schema_of
 from kdcore.tables import DataTable
 from kdcore.types import Batch, Data
@@ -175,7 +175,7 @@ class Source:
                 "data.epoch", "no stream of this name", given=self.epoch, allowed=list(self.streams)
             )
         for name, split in [*self.streams.items(), ("val", self.data.val), ("test", self.data.test)]:
-            if split is None or len(split) == 0:
+            if split is None or _length(split, name) == 0:
                 raise InputError("data.source", f"the data set {name!r} is empty", given=self.table.source)
         if isinstance(self.table.batch_size, dict) and set(self.table.batch_size) != set(self.streams):
             raise InputError(
@@ -226,10 +226,15 @@ class Source:
 
     def sample(self, count: int = 4) -> Batch:
         """A small real batch of the first samples of every stream, for the dry run."""
-        keyed = Keyed(self.streams, self.seed)
-        return keyed.__getitems__(
-            [Key(n, 0, i) for n, d in self.streams.items() for i in range(min(count, len(d)))]
-        )
+        keys = [Key(n, 0, i) for n, d in self.streams.items() for i in range(min(count, len(d)))]
+        try:
+            return Keyed(self.streams, self.seed).__getitems__(keys)
+        except KDError:
+            raise
+        except Exception as error:  # items may be anything
+            problem = f"its first items make no batch: {cause(error)}"
+            allowed = "items that are dicts of tensors, arrays, numbers or text, all with the same keys"
+            raise InputError("data.source", problem, given=self.table.source, allowed=allowed) from error
 
 
 class Part(Dataset[Any]):
@@ -290,9 +295,24 @@ def _load(table: DataTable) -> Data:
         return Data(ids, ids, ids)
     source = import_string(table.source, "data.source")
     checked = schema_of(source, table.source).validate(table.args, "data.args")
-    data = source(**checked)
+    try:
+        data = source(**checked)
+    except KDError:
+        raise
+    except Exception as error:  # a file that is not there, a download that fails
+        raise InputError("data.source", f"it fails: {cause(error)}", given=table.source) from error
     if not isinstance(data, Data):
+        given = type(data).__name__
         raise InputError(
-            "data.source", f"returned {type(data).__name__}", allowed="kdcore.Data", given=table.source
+            "data.source", f"{table.source} returned no data", given=given, allowed="kdcore.Data"
         )
     return data
+
+
+def _length(data: Any, name: str) -> int:
+    try:
+        return len(data)
+    except TypeError:
+        problem = f"the data set {name!r} has no length"
+        allowed = "a map-style data set: len(data) and data[index] -> dict"
+        raise InputError("data.source", problem, given=type(data).__name__, allowed=allowed) from None

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdcore.checkpoint import load_weights
-from kdcore.errors import InputError
+from kdcore.errors import InputError, KDError, cause
 from kdcore.kinds import Student, Teacher, as_outputs
 from kdcore.signature import import_string, schema_of
 from kdcore.types import Batch, Outputs
@@ -20,13 +20,19 @@ from kdcore.types import Batch, Outputs
 def build_module(model: Callable[..., Any] | str, args: dict[str, Any], place: str = "model") -> nn.Module:
     """The module that a callable returns for ``args``, which are checked against its signature."""
     function = import_string(model, f"{place}.model") if isinstance(model, str) else model
-    checked = schema_of(function, str(model)).validate(args, f"{place}.args")
+    name = getattr(function, "__name__", str(model))
+    checked = schema_of(function, name).validate(args, f"{place}.args")
     try:
         module = function(**checked)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{place}.args", f"{model} refused its arguments: {error}", given=args) from error
+    except KDError:
+        raise
+    except Exception as error:  # somebody's model may raise anything
+        raise InputError(
+            f"{place}.args", f"{name} refused its arguments: {cause(error)}", given=args
+        ) from error
     if not isinstance(module, nn.Module):
-        raise InputError(f"{place}.model", "does not return a torch.nn.Module", given=type(module).__name__)
+        given = type(module).__name__
+        raise InputError(f"{place}.model", f"{name} does not return a torch.nn.Module", given=given)
     return module
 
 

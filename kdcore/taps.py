@@ -42,7 +42,7 @@ class Taps:
                     hint=nearest(path, modules),
                 )
             if wants_input:
-                module.register_forward_pre_hook(self._input_hook(name))
+                module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
             else:
                 module.register_forward_hook(self._output_hook(name))
 
@@ -80,21 +80,32 @@ class Taps:
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda module, args, output: self._seen(name, output)
 
-    def _input_hook(self, name: str) -> Callable[[nn.Module, Any], Any]:
-        return lambda module, args: (self._seen(name, args[0]), *args[1:])
+    def _input_hook(self, name: str) -> Callable[[nn.Module, Any, dict[str, Any]], Any]:
+        """The first input, by position or else by keyword."""
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self._store is None:
+                return None
+            if args:
+                return (self._seen(name, args[0]), *args[1:]), kwargs
+            key = next(iter(kwargs), "")
+            return args, {**kwargs, key: self._seen(name, kwargs.get(key))}
+
+        return hook
 
 
 def _tensor(value: Any) -> Tensor:
     while isinstance(value, tuple | list) and value:
         value = value[0]
     if not isinstance(value, Tensor):
-        raise TypeError(f"a tap reads tensors; this module gives {type(value).__name__}")
+        raise TypeError(f"a tap reads tensors; here is {type(value).__name__}")
     return value
 
 
 def _with_tensor(value: Any, tensor: Tensor) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)([_with_tensor(value[0], tensor), *value[1:]])
+        items = [_with_tensor(value[0], tensor), *value[1:]]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple
     return tensor
 
 

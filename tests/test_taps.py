@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,44 @@ def test_a_tuple_gives_its_first_tensor_and_keeps_its_form() -> None:
     with taps.reading({"pair": lambda v: v * 2}) as seen:
         assert net["pair"](torch.ones(1)) == (torch.tensor([2.0]), "state")
     assert seen["pair"].item() == 2.0
+
+
+class State(NamedTuple):
+    hidden: torch.Tensor
+    extra: str
+
+
+def test_a_named_tuple_keeps_its_names() -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor) -> State:
+            return State(x, "more")
+
+    net = nn.ModuleDict({"named": Named()})
+    with Taps(net, {"named": "named"}).reading({"named": lambda v: v * 3}):
+        assert net["named"](torch.ones(1)) == State(torch.tensor([3.0]), "more")
+
+
+def test_an_input_that_is_given_by_keyword() -> None:
+    net = nn.ModuleDict({"inner": nn.Linear(3, 2)})
+    taps, x = Taps(net, {"x": "inner.in"}), torch.randn(4, 3)
+    plain = net["inner"](input=x)  # outside a reading nothing is touched
+    with taps.reading({"x": lambda v: v * 2}) as seen:
+        doubled = net["inner"](input=x)
+    assert torch.equal(seen["x"], x * 2)
+    assert torch.allclose(doubled, net["inner"](x * 2))
+    assert torch.equal(plain, net["inner"](x))
+
+
+def test_what_is_no_tensor_is_refused_in_words() -> None:
+    class Table(nn.Module):
+        def forward(self, x: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            return {}
+
+    net = nn.ModuleDict({"table": Table()})
+    for path, words in (("table", "here is dict"), ("table.in", "here is NoneType")):
+        with pytest.raises(TypeError, match=words), Taps(net, {"t": path}).reading():
+            net["table"]()
+        net["table"]._forward_hooks.clear()
 
 
 def test_a_wrong_path_names_the_nearest(net: nn.Sequential) -> None:
