@@ -153,9 +153,10 @@ def _function(target: Callable[..., Any]) -> Callable[..., Any]:
     """The function whose arguments count; a class without an ``__init__`` of its own takes none."""
     if not inspect.isclass(target):
         return target
-    own = target.__init__
-    inherited = own is object.__init__ or own.__module__ == "torch.nn.modules.module"
-    return (lambda self: None) if inherited else own
+    owner = next(each for each in inspect.getmro(target) if "__init__" in vars(each))
+    # by its owner: some libraries put a function of their own in the place of torch.nn.Module.__init__
+    inherited = owner is object or (owner.__module__, owner.__name__) == ("torch.nn.modules.module", "Module")
+    return (lambda self: None) if inherited else target.__init__
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
