@@ -170,6 +170,8 @@ class StateHook(Hook):
 
     def restore(self, runner: Runner) -> None:
         job = self.job
+        for draft in () if parallel.rank() else job.folder.rglob(".*.tmp"):
+            draft.unlink(missing_ok=True)  # of a process that was killed while it wrote
         found = newest_state(job.states, job.progress.say)
         if found is None:
             if job.metrics_file.exists() and not parallel.rank():
