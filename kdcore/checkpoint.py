@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,15 +18,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kdcore.errors import InputError, RunError
+from kdcore.errors import InputError, RunError, cause
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, synced and renamed to ``path`` when the block ends well, else removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary name to write to, synced and renamed to ``path`` when the block ends well, else removed.
+
+    Raises RunError where it cannot be written: no right, no space, no such place.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -46,34 +51,46 @@ def save_tensors(
 ) -> None:
     """Tensors alone, as safetensors; shared storage is written once a name."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(path) as draft:
+    with replacing(path) as draft, _as_os_error(safetensors.SafetensorError):
         safetensors.torch.save_file(plain, draft, dict(metadata or {}))
+
+
+@contextmanager
+def _as_os_error(kind: type[Exception]) -> Iterator[None]:
+    """What a library raises while it writes, as the OSError that it stands for."""
+    try:
+        yield
+    except kind as error:
+        raise OSError(cause(error)) from error
 
 
 def load_tensors(path: str | os.PathLike[str], place: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file that holds tensors only."""
-    file = Path(path)
+    file, given = Path(path), str(path)
     if not file.is_file():
-        raise InputError(place, "no such checkpoint file", given=str(path))
+        raise InputError(place, "no such checkpoint file", given=given)
     try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        found = load_state(file)
-    except pickle.UnpicklingError:
-        raise InputError(
-            place,
-            "this checkpoint holds more than weights (pickled code is never run)",
-            given=str(path),
-            hint="save model.state_dict() alone, best as .safetensors",
-        ) from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(
-            place, f"damaged checkpoint: {str(error).splitlines()[0]}", given=str(path)
-        ) from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
+        found: Any = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)
+    except pickle.UnpicklingError as error:
+        raise _not_loaded(error, place, given) from None
+    except Exception as error:  # a damaged file makes its reader raise anything
+        raise InputError(place, f"damaged checkpoint: {cause(error, 150)}", given=given) from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise InputError(place, "not a state dict of tensors", given=str(path))
-    return found
+        raise InputError(place, "not a state dict: names and tensors", given=given)
+    return {str(name): value for name, value in found.items()}
+
+
+def _not_loaded(error: pickle.UnpicklingError, place: str, given: str) -> InputError:
+    """torch's message without its advice to load the file unsafely."""
+    if named := re.search(r"(?:GLOBAL|unsupported class) ([\w.]+)", str(error)):
+        problem = f"the checkpoint holds more than weights ({named[1]}); pickled code is never run"
+        hint = "save model.state_dict() alone, best as .safetensors"
+        return InputError(place, problem, given=given, hint=hint)
+    reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return InputError(place, f"a damaged checkpoint, or none of torch's: {reason}".rstrip(": "), given=given)
 
 
 def load_weights(module: nn.Module, path: str | os.PathLike[str], place: str) -> None:
@@ -101,21 +118,41 @@ def _safe_types() -> list[Any]:
     """What mmengine and torch's own optimisers put into a checkpoint besides tensors."""
     from mmengine.logging.history_buffer import HistoryBuffer
 
+    methods = dict(HistoryBuffer()._statistics_methods)
+
+    def statistic(owner: Any, name: Any) -> Any:
+        """Stands for getattr, by which a HistoryBuffer names its methods (mean, min, ...), and gives only those."""
+        if owner is HistoryBuffer and name in methods:
+            return methods[name]
+        raise pickle.UnpicklingError(f"unsupported class {owner!r}.{name!r}")
+
     dtypes = {type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool", "uint32")}
     reconstruct = np.array(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
-    return [HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar, *dtypes]
+    return [
+        HistoryBuffer,
+        (statistic, "builtins.getattr"),
+        np.ndarray,
+        np.dtype,
+        reconstruct,
+        scalar,
+        *dtypes,
+    ]
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    with replacing(path) as draft:
+    with replacing(path) as draft, _as_os_error(RuntimeError):
         torch.save(dict(state), draft)
 
 
 def load_state(path: Path, map_location: str = "cpu") -> dict[str, Any]:
     """A torch file under weights-only rules, with what mmengine puts beside the tensors allowed."""
-    with torch.serialization.safe_globals(_safe_types()):
-        return dict(torch.load(path, map_location=map_location, weights_only=True))
+    return dict(_load(path, map_location))
+
+
+def _load(path: Path, map_location: str = "cpu") -> Any:
+    with torch.serialization.safe_globals(_safe_types()), warnings.catch_warnings(action="ignore"):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def newest_state(
@@ -125,6 +162,6 @@ def newest_state(
     for path in sorted(folder.glob("step-*.state"), reverse=True):
         try:
             return path, load_state(path)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+        except Exception as error:
             say(f"{path.name} is damaged ({type(error).__name__}), using the one before it")
     return None
