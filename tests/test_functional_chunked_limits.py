@@ -208,3 +208,88 @@ def test_hidden_states_must_be_aligned():
         chunked(KF.js, student, teacher._replace(hidden=teacher.hidden[1:]))
     with pytest.raises(TypeError, match="target"):
         chunked(KF.decoupled_kl, student, teacher)
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products ran."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fn", [KF.js, lambda s, t: KF.js(s, t)], ids=["kernel", "autograd"])
+def test_backward_repeats_no_product_for_a_common_factor(fn):
+    student, teacher = sides()
+    weights = torch.linspace(0.1, 0.7, N)
+    for upstream, products in ((torch.ones(()), 0), (torch.tensor(3e4 / 7), 0), (torch.linspace(1, 2, N), 4)):
+        values = chunked(fn, student, teacher, weights=weights, chunk_size=N)
+        with Products() as seen:
+            values.backward(upstream.expand(N))
+        assert seen.count == products
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    student, teacher = sides(dtype=torch.bfloat16)
+    student = student._replace(hidden=student.hidden.detach().repeat(64, 1))
+    teacher = teacher._replace(hidden=teacher.hidden.repeat(64, 1))
+    (many,) = torch.autograd.grad(chunked(KF.js, student, teacher, chunk_size=8).sum(), student.weight)
+    (one,) = torch.autograd.grad(chunked(KF.js, student, teacher).sum(), student.weight)
+    assert (many.float() - one.float()).norm() < 0.003 * one.float().norm()  # 0.02 when summed in bfloat16
+
+
+def test_a_shift_of_all_logits_costs_no_accuracy():
+    # Small dyadic numbers, so that the logits are exact in float32 and only the normalisers are large.
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-4, 5, (n, 4), generator=g) for n in (N, V))
+    student = Unembed(hidden.float(), weight.float() / 16)
+    teacher = Unembed(hidden.flip(0).float(), weight.flip(1).float() / 16, torch.full((V,), 4096.0))
+    z, zt = (side.hidden.double() @ side.weight.double().T for side in (student, teacher))
+    for fn in (
+        KF.forward_kl,
+        KF.reverse_kl,
+        KF.js,
+        KF.skew_forward_kl,
+        KF.skew_reverse_kl,
+        KF.alpha_divergence,
+    ):
+        for sides_ in ((student, teacher, z, zt), (teacher, student, zt, z)):
+            torch.testing.assert_close(chunked(fn, *sides_[:2]).double(), fn(*sides_[2:]), rtol=3e-6, atol=0)
+
+
+def test_entries_that_underflow_on_both_sides():
+    student, teacher = sides()
+    bias = torch.where(torch.arange(V) < 3, -500.0, 0.0)
+    student, teacher = student._replace(bias=bias), teacher._replace(bias=bias)
+    for fn in (KF.js, KF.skew_forward_kl, KF.skew_reverse_kl, KF.alpha_divergence, KF.jeffreys):
+        got, expected = chunked(fn, student, teacher), dense(fn, student, teacher)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            gradients(got, student), gradients(expected, student), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_ignored_target_gives_no_gradient():
+    student, teacher = sides()
+    target = torch.arange(N).where(torch.arange(N) % 2 > 0, -100)
+    got = chunked(KF.decoupled_kl, student, teacher, per_token={"target": target})
+    assert (got[::2] == 0).all()
+    of_hidden = gradients(got, student)[0]
+    assert of_hidden[::2].abs().max() == 0
+    assert (of_hidden[1::2].abs().amax(-1) > 0).all()
+
+
+def test_float64_stays_under_autocast():
+    student, teacher = sides(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = chunked(KF.js, student, teacher), dense(KF.js, student, teacher)
+    torch.testing.assert_close(got, expected)
+
+
+def test_second_derivatives_do_not_reach_the_teacher():
+    student, teacher = sides(dtype=torch.float64)
+    values = chunked(lambda s, t: (s - t).square().mean(-1), student, teacher)
+    (first,) = torch.autograd.grad(values.sum(), student.hidden, create_graph=True)
+    assert torch.autograd.grad(first.sum(), teacher[:2], allow_unused=True) == (None, None)

@@ -123,7 +123,8 @@ def alpha_divergence(log_q: Tensor, log_p: Tensor, *, alpha: float = 0.5) -> Ten
 def adaptive_kl(log_q: Tensor, log_p: Tensor, *, mu: float = 0.5) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p) with constant w, the head's share of sum |p - q| (arXiv 2404.02657).
 
-    The head: the teacher's top token, and those after it while their joint mass is within `mu`.
+    The head: the teacher's top token, and those after it while their joint mass is within `mu`; which of equal
+    tokens comes first is left open.
     """
     check(0 <= mu <= 1, f"mu must be in [0, 1], given {mu}")
     p_sorted, order = torch.sort(log_p.exp(), dim=-1, descending=True)

@@ -20,10 +20,13 @@ _dot: Callable[[Tensor, Tensor], Tensor] = torch.linalg.vecdot
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities; and the log-normaliser ``[R, 1]`` in float64, as its error is common to a whole row."""
-    p = z.softmax(-1)
-    # The largest probability is 1 / sum exp(z - max z): cheap reductions instead of a second exponential.
-    return p, z.amax(-1, keepdim=True).double() - p.amax(-1, keepdim=True).double().log()
+    """Moves the maximum of each row to 0, for precision; probabilities, and the log-normaliser ``[R, 1]``.
+
+    The latter in float64, as its error is common to a whole row.
+    """
+    p = z.sub_(z.amax(-1, keepdim=True)).softmax(-1)
+    # The largest probability is 1 / sum exp(z): one cheap reduction instead of a second exponential.
+    return p, -p.amax(-1, keepdim=True).double().log()
 
 
 def _log_ratio(a: Tensor, log_z: Tensor, b: Tensor | float, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,11 +137,11 @@ def _alpha_divergence(zs: Tensor, zt: Tensor, *, alpha: float, times: float = 1.
 def _decoupled_kl(zs: Tensor, zt: Tensor, *, target: Tensor, alpha: float, beta: float) -> Tensor:
     """TCKD in the log-odds of {target, rest}, NCKD as forward KL over the rest."""
     index, ignored = target.clamp_min(0).unsqueeze(-1), (target < 0).unsqueeze(-1)
-    of_target = [z.gather(-1, index).double() for z in (zs, zt)]
-    for z in (zs, zt):  # far below every other class: no probability, and a finite difference
-        z.scatter_(-1, index, torch.finfo(z.dtype).min / 4)
+    odds_s, odds_t = (z.gather(-1, index).double() for z in (zs, zt))
+    for z, odds in ((zs, odds_s), (zt, odds_t)):  # far below all others: no probability, a finite difference
+        odds.sub_(z.scatter_(-1, index, torch.finfo(z.dtype).min / 4).amax(-1, keepdim=True))
     (p, log_zt), (q, log_zs) = _softmax(zt), _softmax(zs)
-    odds_s, odds_t = of_target[0] - log_zs, of_target[1] - log_zt
+    odds_s, odds_t = odds_s - log_zs, odds_t - log_zt
     pull = (odds_s.sigmoid() - odds_t.sigmoid()).to(zs.dtype) * alpha
     tckd = odds_t.sigmoid() * (logsigmoid(odds_t) - logsigmoid(odds_s))
     tckd += (-odds_t).sigmoid() * (logsigmoid(-odds_t) - logsigmoid(-odds_s))
