@@ -27,9 +27,9 @@ def catalogue() -> str:
         lines += [
             f"## {title}",
             "",
-            "| slug | what it does | kinds | paper | authors' code | fidelity | status |",
+            "| slug | what it does | kinds | paper | authors' code | fidelity | status | claim on real data |",
         ]
-        lines.append("|" + " --- |" * 7)
+        lines.append("|" + " --- |" * 8)
         lines += [_row(entry) for entry in entries if entry["kind_of"] == kind]
         lines.append("")
     return "\n".join(lines)
@@ -53,6 +53,7 @@ def _row(entry: dict[str, Any]) -> str:
         source,
         entry["fidelity"],
         entry["status"],
+        entry.get("result", ""),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -6,41 +6,50 @@ python tools/run_demos.py [SLUG ...] [--out FOLDER]
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-KD = [sys.executable, "-m", "kdcore"]
+ROOT = Path(__file__).resolve().parent.parent
 CLASSICS = ("fitnet", "at", "rkd", "dkd", "dist", "crd")
-DEMOS: dict[str, list[list[str]]] = {
-    "pld": [
-        [*KD, "compare", "pld:digits", "--seeds", "5", "--jobs", "2", "--arm", "pld1:loss.0.temperature=1"]
-    ],
-    "classics": [[*KD, "compare", f"classics:{name}", "--seeds", "5", "--jobs", "2"] for name in CLASSICS],
-    "dho": [[sys.executable, "-m", "kd_plugin_dho.demo", "--seeds", "5"]],
-    "mst-distill": [[sys.executable, "-m", "kd_plugin_mst_distill.demo", "--seeds", "5"]],
-    "taid": [
-        [
-            *[*KD, "compare", "taid:text", "--seeds", "5", "--jobs", "2"],
-            *["--arm", "divergences.forward_kl", "--arm", "divergences.reverse_kl"],
-            *["--arm", "divergences.skew_forward_kl", "--arm", "linear:loss.0.adaptive=false"],
-        ]
-    ],
-    "hf": [[*KD, "compare", "hf:text", "--seeds", "3", "--jobs", "2"]],
+TOOLBOXES = {
+    "classics": [f"kd compare classics:{name} --seeds 5 --jobs 2" for name in CLASSICS],
+    "hf": ["kd compare hf:text --seeds 3 --jobs 2"],
 }
+
+
+def demos() -> dict[str, list[str]]:
+    """The commands by slug: of plugins/SLUG/evidence.json, each once, and of the toolboxes."""
+    found = dict(TOOLBOXES)
+    for path in sorted(ROOT.glob("plugins/*/evidence.json")):
+        commands = [entry["command"] for entry in json.loads(path.read_text("utf-8"))]
+        found[path.parent.name] = list(dict.fromkeys(commands))
+    return dict(sorted(found.items()))
+
+
+def runnable(command: str) -> list[str]:
+    """The same with this environment's interpreter; raises SystemExit for what is neither kd nor python."""
+    program, *arguments = shlex.split(command)
+    if program not in ("kd", "python"):
+        sys.exit(f"{command}: a demonstration is a kd or a python command")
+    return [sys.executable, *(["-m", "kdcore"] if program == "kd" else []), *arguments]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("slugs", nargs="*", choices=[[], *DEMOS], default=[])
+    commands = demos()
+    parser.add_argument("slugs", nargs="*", choices=[[], *commands], default=[], metavar="SLUG")
     parser.add_argument("--out", type=Path, default=Path("runs/demos"))
     options = parser.parse_args()
-    for slug in options.slugs or DEMOS:
-        for index, command in enumerate(DEMOS[slug]):
-            print(f"== {slug}: {' '.join(command[1:])}", flush=True)
-            subprocess.run([*command, "--out", str(options.out / f"{slug}-{index}")], check=True)
+    for slug in options.slugs or commands:
+        for index, command in enumerate(commands[slug]):
+            print(f"== {slug}: {command}", flush=True)
+            out = options.out / f"{slug}-{index}"
+            subprocess.run([*runnable(command), "--out", str(out)], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

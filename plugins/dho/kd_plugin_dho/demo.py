@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 import kdcore
 from kd_plugin_dho.student import DualHead
+from kdcore.comparison.record import record
 from kdcore.shipping import load_student
 from kdcore.task import Task
 
@@ -77,33 +75,6 @@ def of_seed(folder: Path, shots: int, seed: int, extra: list[str]) -> dict[str, 
     return found
 
 
-def table(results: Mapping[int, list[dict[str, float]]]) -> str:
-    """Markdown: an arm a line, mean ± standard deviation over seeds; DHO minus the arm, paired, [95 %], p of a t-test."""
-    names = list(next(iter(results.values()))[0])
-    lines = ["| arm | " + " | ".join(f"{s} labels a class | DHO minus it" for s in results) + " |"]
-    lines.append("| --- |" + " --- | --- |" * len(results))
-    for name in names:
-        cells = []
-        for rows in results.values():
-            gaps = [100 * (row["DHO"] - row[name]) for row in rows]
-            cells += [_spread([100 * row[name] for row in rows]), "" if name == "DHO" else _paired(gaps)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-
-
-def _paired(gaps: list[float]) -> str:
-    if len(gaps) < 2:
-        return f"{gaps[0]:+.1f}"
-    test = stats.ttest_1samp(gaps, 0)
-    low, high = test.confidence_interval(0.95)
-    chance = "< 0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
-    return f"{statistics.mean(gaps):+.1f} [{low:.1f}, {high:.1f}], p {chance}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -113,16 +84,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides of the recipe, KEY=VALUE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[int, list[dict[str, float]]] = {}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     for shots in args.shots:
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            row = of_seed(args.out / f"shots-{shots}" / f"seed-{seed}", shots, seed, args.overrides)
-            results.setdefault(shots, []).append(row)
-    text = table(results)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(text + "\n", "utf-8")
-    (args.out / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
-    print(text)
+        folder = args.out / f"shots-{shots}"
+        rows = [of_seed(folder / f"seed-{seed}", shots, seed, args.overrides) for seed in seeds]
+        values = {arm: [row[arm] for row in rows] for arm in rows[0]}
+        print(f"{shots} labels a class\n\n{record(folder, 'accuracy', seeds, values, ['DHO'])}\n")
 
 
 if __name__ == "__main__":

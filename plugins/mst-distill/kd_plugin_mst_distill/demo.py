@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 import kdcore
 from kdcore import recipe as recipes
+from kdcore.comparison.record import record
 
 Tree = dict[str, Any]
 RECIPE = "mst-distill:digits"
@@ -98,30 +97,6 @@ def one(folder: Path, seed: int, arm: str, extra: list[str]) -> dict[str, Any]:
     return {name: values["accuracy"] for name, values in test.items() if name not in unused}
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean ± standard deviation over seeds; MST-Distill minus the arm, paired, [95 %], p of a t-test."""
-    lines = ["| arm | student | teachers | MST-Distill minus it |", "| --- | --- | --- | --- |"]
-    for arm, rows in results.items():
-        teachers = ", ".join(_spread([100 * r[n] for r in rows]) for n in rows[0] if n != "student")
-        gaps = [100 * (m["student"] - r["student"]) for m, r in zip(results[METHOD], rows, strict=True)]
-        paired = "" if arm == METHOD else _paired(gaps)
-        lines.append(f"| {arm} | {_spread([100 * r['student'] for r in rows])} | {teachers} | {paired} |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-
-
-def _paired(gaps: list[float]) -> str:
-    if len(gaps) < 2:
-        return f"{gaps[0]:+.1f}"
-    test = stats.ttest_1samp(gaps, 0)
-    low, high = test.confidence_interval(0.95)
-    chance = "< 0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}"
-    return f"{statistics.mean(gaps):+.1f} [{low:.1f}, {high:.1f}], p {chance}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -130,16 +105,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides of the recipe, KEY=VALUE")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     results: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in seeds:
         for arm, rows in results.items():
             folder = args.out / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-")
             rows.append(one(folder, seed, arm, args.overrides))
-    text = table(results)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(text + "\n", "utf-8")
-    (args.out / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
-    print(text)
+    values = {arm: [row["student"] for row in rows] for arm, rows in results.items()}
+    print(record(args.out, "accuracy", seeds, values, [METHOD]))
+    for name in results[METHOD][0]:
+        print(f"{METHOD}, {name}: {statistics.fmean(row[name] for row in results[METHOD]):.3f}")
 
 
 if __name__ == "__main__":
