@@ -112,7 +112,7 @@ def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: b
     parts = Parts(
         student,
         Task(recipe.task, source.data.classes),
-        task_weight=recipe.task.weight,
+        task_weight=recipe.task.weight if with_losses else 1.0,  # alone, the task's term is all there is
         task_streams=_tuple(recipe.task.stream),
         forward=recipe.data.forward,
         hold_eval=_matching_modules(student, recipe.student.hold_eval),

@@ -271,3 +271,11 @@ def test_batch_norm_in_training_is_refused_with_several_processes(
     assert done.returncode != 0
     assert "batch statistics" in done.stderr
     assert "group" in done.stderr  # the remedy
+
+
+def test_a_student_of_distillation_alone_has_a_baseline(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """``task.weight = 0`` is the method's; the student alone has no other term than the task's."""
+    tree = {**tiny, "task": {"weight": 0.0}, "report": {"baseline": True}}
+    weighed = kdcore.run(tree, out=tmp_path / "weighed").results["test"]["baseline"]
+    plain = kdcore.run({**tree, "task": {}}, out=tmp_path / "plain").results["test"]["baseline"]
+    assert weighed == plain
