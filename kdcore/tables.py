@@ -121,7 +121,7 @@ class TrainTable(Table):
 
 
 class TaskTable(Table):
-    use: Literal["classification", "language", "regression", "segmentation", "none"] = "classification"
+    use: Literal["classification", "language", "regression", "segmentation", "own", "none"] = "classification"
     metrics: list[str] | None = None
     weight: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Share = 0.0

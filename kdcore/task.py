@@ -12,6 +12,7 @@ from torch import Tensor
 from kdcore.counts import Counts
 from kdcore.errors import InputError, nearest
 from kdcore.kinds import Terms
+from kdcore.signature import import_string
 from kdcore.tables import TaskTable
 from kdcore.types import Batch, Outputs
 
@@ -20,6 +21,7 @@ DEFAULT_METRICS = {
     "segmentation": ["jaccard_index"],
     "language": ["perplexity", "accuracy"],
     "regression": ["mean_squared_error"],
+    "own": ["loss"],
     "none": [],
 }
 LOSS = "loss"  # the metric that is the task's own loss, the student's where it has one
@@ -27,6 +29,9 @@ LOWER_IS_BETTER = ("error", "perplexity", "loss", "distance", "calibration")
 
 
 def higher_is_better(metric: str) -> bool:
+    """By torchmetrics' names; a metric by import string says it itself (torchmetrics' ``higher_is_better``)."""
+    if ":" in metric:
+        return getattr(_metric_class(metric), "higher_is_better", None) is not False
     return not any(word in metric for word in LOWER_IS_BETTER)
 
 
@@ -43,7 +48,7 @@ class Task:
     def terms(self, outputs: Outputs, batch: Batch) -> Tensor | None:
         """Cross-entropy ([B], [B,L] or [B] averaged over pixels) or squared error [B]; None without labels."""
         target = outputs.target if outputs.target is not None else batch.get("target")
-        if self.table.use == "none" or target is None:
+        if self.table.use in ("own", "none") or target is None:
             return None
         if self.table.use == "language":
             return self._tokens(outputs, target)
@@ -88,7 +93,7 @@ class Meter:
 
     def _make(self, name: str, classes: int | None) -> Any:
         kind = _metric_class(name)
-        if self.task.table.use == "regression" or name == "perplexity":
+        if ":" in name or self.task.table.use == "regression" or name == "perplexity":
             return kind(ignore_index=-100) if name == "perplexity" else kind()
         if not classes:
             raise InputError(
@@ -134,9 +139,15 @@ class Meter:
 
 
 def _metric_class(name: str) -> Any:
+    """A class of torchmetrics by its snake_case name, or anybody's by its import string."""
     import torchmetrics
     from torchmetrics.text import Perplexity
 
+    if ":" in name:
+        found = import_string(name, "task.metrics")
+        if not (isinstance(found, type) and issubclass(found, torchmetrics.Metric)):
+            raise InputError("task.metrics", "is no torchmetrics.Metric", given=name)
+        return found
     classes = {_snake(n): getattr(torchmetrics, n) for n in torchmetrics.__all__ if n[0].isupper()}
     classes["perplexity"] = Perplexity
     if name not in classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import Metric
 
 import kdcore
-from kdcore import Batch, Outputs, Student
+from kdcore import Batch, InputError, Outputs, Student
 from kdcore.counts import Counts
 from kdcore.report import read_metrics
 from kdcore.shipping import load_student, request_of
 from kdcore.tables import TaskTable
-from kdcore.task import Task, evaluate
+from kdcore.task import Task, evaluate, higher_is_better
 
 SIZES = (3, 5)
 
@@ -85,3 +87,35 @@ def test_val_is_judged_behind_the_view(tiny: dict[str, Any], tmp_path: Path) -> 
 def test_shares_of_an_empty_count_are_means() -> None:
     batch = batches()[0]
     assert Counts().share(torch.tensor([1.0, 2.0, 6.0]), "main", None, batch).item() == 3.0
+
+
+class Largest(Metric):
+    """The largest prediction minus the largest target, whatever their shapes."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("gap", torch.tensor(0.0), dist_reduce_fx="max")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        self.gap = torch.maximum(self.gap, prediction.max() - target.max())
+
+    def compute(self) -> Tensor:
+        return self.gap
+
+
+def test_a_metric_by_its_import_string_judges_a_task_of_its_own(write_module: Any) -> None:
+    name = write_module("from test_evaluation_metric import Largest", "a_module")
+    sys.modules["test_evaluation_metric"] = sys.modules[__name__]
+    metric = f"{name}:Largest"
+    task = Task(TaskTable(use="own", metrics=[metric, "loss"]), None)
+    found = evaluate(TwoTerms(), batches(), task, torch.device("cpu"))
+    assert found[metric] == pytest.approx(max(float(b["z"].max() - b["target"].max()) for b in batches()))
+    assert task.terms(Outputs(logits=torch.zeros(2, 3)), Batch({"target": torch.tensor([0, 1])})) is None
+    assert not higher_is_better(metric)
+
+
+def test_a_metric_by_import_string_must_be_one() -> None:
+    with pytest.raises(InputError, match=r"no torchmetrics\.Metric"):
+        Task(TaskTable(use="own", metrics=["kdcore.zoo:mlp"]), None)
