@@ -178,7 +178,6 @@ def list_(everything: bool, kind: str | None, as_json: bool) -> None:
 def show(name: str, kind: str | None) -> None:
     """A component's parameters, what it reads, its paper and its recipes."""
     from kdcore import catalog, plugins, recipe
-    from kdcore.types import KINDS
 
     registry = plugins.registry()
     found = [
@@ -191,6 +190,8 @@ def show(name: str, kind: str | None) -> None:
         click.echo(f"{slug} is not installed: {catalog.how_to_get(catalog.methods()[slug])}\n")
     for each in found:
         _describe(*each)
+    for fault in [fault for fault in registry.quarantine if fault.entry.name == slug]:
+        click.echo(f"in quarantine ({fault.phase}): {fault.error}\n")
     parts = [
         (k, c.name, c.summary, e.distribution)
         for k, e, c in registry.components()
@@ -201,7 +202,6 @@ def show(name: str, kind: str | None) -> None:
         click.echo(_paper(entry))
     if (found or parts) and (names := [p.stem for p in recipe.recipes_of(slug)]):
         click.echo(f"recipes: {', '.join(f'{slug}:{n}' for n in names)}")
-    assert KINDS
 
 
 @kd.command()
@@ -328,6 +328,11 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk behind the output, a folder that may not be read
+        if debug:
+            raise
+        click.echo(f"error: {error.filename or 'the output'}: {error.strerror or error}", err=True)
+        return 1
     return 0
 
 
@@ -357,10 +362,25 @@ def _describe(kind: str, entry: Any, component: Any) -> None:
     target, found = schema_of(kind, f"{entry.distribution}:{component.name}")
     click.echo(f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {component.summary}\n")
     click.echo("".join(f"  {line}\n" for line in found.doc.splitlines()))
-    for parameter in found.params.values():
-        click.echo(f"  {parameter}")
+    for field in found.model.model_fields.values():
+        click.echo(f"  {field.alias}: {_field(field)}")
     reads = getattr(target, "reads", None) or list(found.tensors)
     click.echo(f"  reads: {', '.join(reads) or 'nothing'}\n")
+
+
+def _field(field: Any) -> str:
+    """A parameter as a reader of recipes needs it: its type, its bounds, its default."""
+    import inspect
+
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{sign} {getattr(each, key)}"
+        for each in field.metadata
+        for key, sign in signs.items()
+        if hasattr(each, key)
+    ]
+    kind = " ".join([inspect.formatannotation(field.annotation), " and ".join(bounds)]).strip()
+    return f"{kind}, required" if field.is_required() else f"{kind} = {field.get_default()!r}"
 
 
 def _paper(entry: dict[str, Any]) -> str:
@@ -371,4 +391,6 @@ def _paper(entry: dict[str, Any]) -> str:
     if code:
         rows.append(f"authors' code: {code['repository']} ({code.get('licence') or 'licence unknown'})")
     rows.append(f"fidelity: {entry['fidelity']}; status: {entry['status']}")
+    if entry.get("result"):
+        rows.append(f"its claim on real data: {entry['result']}")
     return "\n".join(rows + [f"deviation: {text}" for text in entry.get("deviations", [])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore.kinds import frozen
+from kdcore.building import Builder
+from kdcore.kinds import ExportRequest, frozen
+from kdcore.plugins import registry
 from kdcore.testing.findings import BASICS, Failed, Skipped, check
 from kdcore.testing.subjects import Subject
 from kdcore.testing.tensors import copied, differing, finite, leaves
@@ -90,10 +91,20 @@ def training_only(s: Subject) -> None:
 def exports(s: Subject) -> None:
     """A student that cannot leave as ONNX helps nobody who serves. Do: read the exporter's words; keep the graph free of
     Python decisions on values."""
-    if importlib.util.find_spec("kd_exporter_onnx") is None:
+    if not any(component.name == "onnx" for _, _, component in registry().components("exporter")):
         raise Skipped("kd-exporter-onnx is not installed")
     student, batch, module = _shipped(s)
-    _export(module, student.inputs(batch), list(_inferred(student, batch)))
+    inputs = {name: value.detach() for name, value in student.inputs(batch).items()}
+    shapes, axes = student.shapes(inputs)
+    rule = {name: value.detach().numpy() for name, value in _inferred(student, batch).items()}
+    samples = {name: value.numpy() for name, value in inputs.items()}
+    request = ExportRequest("student", module, shapes, axes, samples, rule)
+    exporter = Builder(0).make("exporter", "onnx", {"benchmark": "none"}, "export")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            exporter.export_request(request, Path(folder) / "artefact")
+        except Exception as error:  # refused, or not exportable: both in its own words
+            raise Failed(str(error)[:600]) from None
 
 
 @check("student")
@@ -113,25 +124,6 @@ def trains(s: Subject) -> None:
     grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     if not any(bool(g.any()) for g in grads.values()) or not finite(grads):
         raise Failed("no parameter takes a finite gradient other than 0")
-
-
-def _export(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str]) -> None:
-    from kd_exporter_onnx import ExportSpec, export  # type: ignore
-    from kd_exporter_onnx.artefact import Axis, TensorSpec  # type: ignore
-
-    arrays = {n: t.detach().numpy() for n, t in inputs.items()}
-    specs = tuple(
-        TensorSpec(name=n, dtype=str(a.dtype), shape=("batch", *a.shape[1:])) for n, a in arrays.items()
-    )
-    size = len(next(iter(arrays.values())))
-    spec = ExportSpec(
-        inputs=specs, outputs=tuple(outputs), axes={"batch": Axis(min=1, max=size)}, samples=arrays
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            export(module, spec, Path(folder) / "artefact", benchmark="none")
-        except Exception as error:  # refused, or not exportable: both in its own words
-            raise Failed(str(error)[:600]) from None
 
 
 def _shipped(s: Subject) -> tuple[Any, Batch, nn.Module]:

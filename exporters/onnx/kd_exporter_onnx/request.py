@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_exporter_onnx.artefact import Axis, TensorSpec
-from kd_exporter_onnx.errors import Refused, SpecError
+from kd_exporter_onnx.errors import ArtefactError, Refused, SpecError
 from kd_exporter_onnx.exporter import OnnxExporter
 from kd_exporter_onnx.preprocess import Preprocessing
 from kd_exporter_onnx.spec import ExportSpec
@@ -37,7 +37,10 @@ class RecipeExporter(OnnxExporter):
         """`kd bench`: the artefact beside the student and its teacher in torch."""
         from kd_exporter_onnx.benchmark import bench
 
-        return bench(artefact, student, teacher, **options)
+        try:
+            return bench(artefact, student, teacher, **options)
+        except ArtefactError as error:
+            raise InputError(str(artefact), str(error), hint="kd export RUN writes one") from error
 
 
 def spec_of(request: "ExportRequest") -> ExportSpec:

@@ -1,0 +1,141 @@
+"""The command line in one process: exit codes, no traceback, Ctrl-C, output that breaks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from kdcore import cli
+
+
+def kd(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(arguments))
+    return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([c] for c in cli.kd.commands), ["plugin", "new"], ["plugin", "check"]]
+)
+def test_every_help_works(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert kd(*command, "--help") == 0
+    assert "Usage: kd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["runn"],
+        ["run"],
+        ["run", "x", "--seed", "one"],
+        ["list", "--nope"],
+        ["plugin", "nwe"],
+        ["compare", "x", "--seeds", "1"],
+        ["show", "zzz"],
+        ["show", "kd", "--kind", "lss"],
+        ["schema", "--component", "zzz"],
+        ["resume", "nowhere"],
+        ["export", "nowhere"],
+        ["bench", "nowhere"],
+    ],
+)
+def test_wrong_arguments_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kd(*arguments) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.strip()
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_checking_leaves_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kdcore import api
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "run", stop)
+    assert kd("run", "x.toml") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_training_saves_and_exits_with_3(
+    install: Callable[..., Any],
+    write_module: Callable[..., str],
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = write_module("""
+        import signal
+        from kdcore import Augmentation
+        class Stop(Augmentation):
+            def after_step(self):
+                if self.run.step == 3:
+                    signal.raise_signal(signal.SIGINT)
+    """)
+    install(
+        "stopper",
+        f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_augmentations():
+            yield Component("stopper", "{module}:Stop")
+    """,
+    )
+    tiny["augmentation"] = [{"use": "stopper"}]
+    path = tmp_path / "r.toml"
+    path.write_text(tomli_w.dumps(tiny), "utf-8")
+    assert kd("run", str(path), "--out", str(tmp_path / "out"), "--quiet") == 3
+    assert "the state is saved" in capsys.readouterr().err
+    assert list((tmp_path / "out").rglob("step-*3.state"))
+
+
+def test_json_is_json_and_a_quarantined_plugin_is_shown(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("broken", "print('noise')\nraise RuntimeError('on purpose')")
+    assert kd("list", "--json") == 0
+    assert {"kind", "name", "summary", "from"} == set(json.loads(capsys.readouterr().out)[0])
+    assert kd("plugins", "--json") == 0
+    rows = {r["name"]: r["state"] for r in json.loads(capsys.readouterr().out)}
+    assert "on purpose" in rows["broken"]
+    assert kd("show", "broken") == 2
+    assert "quarantine" in capsys.readouterr().err
+
+
+def test_a_catalogued_plugin_in_quarantine_is_not_called_absent(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("swing", "raise RuntimeError('on purpose')")
+    code = kd("show", "swing")
+    said = capsys.readouterr()
+    assert "on purpose" in said.out + said.err, (code, said.out)
+
+
+def test_show_names_a_parameters_type_bounds_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kd("show", "taid") == 0
+    said = capsys.readouterr().out
+    assert "  t_start: float >= 0 and < 1 = 0.4" in said
+    assert "  variant: Literal['paper', 'released'] = 'paper'" in said
+    assert "its claim on real data: not shown" in said
+
+
+def test_a_full_disk_behind_the_output_is_said_in_words() -> None:
+    command = [sys.executable, "-m", "kdcore", "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
