@@ -1,9 +1,10 @@
 """The step's overhead: kdcore against a bare torch loop and mmengine's Runner doing the same mathematics.
 
 One process, one thread, blocks of steps in turns (so load hits all alike), CPU seconds a step, guards on.
-Prints the median over blocks with quartiles and the ratio to the bare loop of the same run.
+Prints the median over blocks with quartiles and the ratio to the bare loop of the same run. ``--peers`` puts other
+frameworks into the same turns (tools/peers.py says which, and how to install them).
 
-    python tools/bench_step.py [--blocks 15] [--steps 20] [--json FILE]
+    python tools/bench_step.py [--blocks 15] [--steps 20] [--peers] [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 import torch.nn.functional as F
 
@@ -64,7 +66,7 @@ def models(size: dict[str, int]) -> tuple[Any, Any]:
     )
 
 
-def bare(size: dict[str, int]) -> Callable[[Batch], None]:
+def bare(size: dict[str, int]) -> Callable[[Batch], Any]:
     student, teacher = models(size)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
 
@@ -77,7 +79,7 @@ def bare(size: dict[str, int]) -> Callable[[Batch], None]:
     return step
 
 
-def runner_of(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
+def runner_of(size: dict[str, int], folder: Path) -> Callable[[Batch], Any]:
     """mmengine's own Runner with its default hooks, its checkpoint hook aside."""
     from mmengine.model import BaseModel  # noqa: TID251 - the baseline is mmengine itself
     from mmengine.runner import Runner  # noqa: TID251
@@ -121,7 +123,7 @@ def recipe(size: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
+def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], Any]:
     from kdcore import building as build
 
     checked = parse(recipe(size))
@@ -135,7 +137,7 @@ def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], None]:
     return _iterating(engine.make_runner(job))
 
 
-def _iterating(runner: Any) -> Callable[[Batch], None]:
+def _iterating(runner: Any) -> Callable[[Batch], Any]:
     """One iteration at a time: prepare as ``train()`` does, with the loop held back."""
     loops: list[Any] = []
     build_loop = runner.build_train_loop
@@ -154,7 +156,7 @@ def _iterating(runner: Any) -> Callable[[Batch], None]:
     return lambda batch: loop.run_iter(loop.iter, batch)
 
 
-def measure(size: dict[str, int], blocks: int, steps: int) -> dict[str, list[float]]:
+def measure(size: dict[str, int], blocks: int, steps: int, with_peers: bool) -> dict[str, list[float]]:
     rng = torch.Generator().manual_seed(1)
     shape = (size["batch"], 1, 16, 16)
     batches = [
@@ -168,11 +170,16 @@ def measure(size: dict[str, int], blocks: int, steps: int) -> dict[str, list[flo
         for _ in range(steps)
     ]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        ways = {
+        ways: dict[str, Callable[[Batch], Any]] = {
             "bare torch": bare(size),
             "mmengine Runner": runner_of(size, Path(one)),
             "kdcore": ours(size, Path(two)),
         }
+        if with_peers:
+            with torch.no_grad():
+                student, teacher = models(size)
+                expected = float(objective(student, teacher, batches[0]))
+            ways |= peers.ways(lambda: models(size), TEMPERATURE, batches[0], expected)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for block in range(blocks + 1):
             for name, step in ways.items():
@@ -190,6 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--peers", action="store_true", help="other frameworks that are installed, too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -198,7 +206,7 @@ def main() -> None:
         f"torch {torch.__version__}, {platform.processor() or platform.machine()}, 1 thread, {options.blocks} blocks"
     )
     for name, size in SIZES.items():
-        times = measure(size, options.blocks, options.steps)
+        times = measure(size, options.blocks, options.steps, options.peers)
         base = statistics.median(times["bare torch"])
         runner = statistics.median(times["mmengine Runner"])
         for way, values in times.items():
