@@ -1,8 +1,8 @@
 """Build every distribution (sdist, then the wheel from that sdist) and try them where nothing else is.
 
 Three environments, each installed from the built files alone: the core with its plugins, in which the demo's
-recipe runs shortened from outside the clone; and one without torch and kdcore, in which the ONNX exporter's
-``load`` and ``kd-verify`` answer for an artefact.
+recipe runs shortened from outside the clone; one without torch and kdcore, in which the artefact's example gives
+the artefact's answers and ``kd-verify`` passes; and one without a runtime, where the error says what to install.
 
     python tools/check_wheels.py [--python python3.11] [--keep FOLDER]
 """
@@ -73,17 +73,35 @@ def check_core(python: str, wheels: Path, scratch: Path, names: list[str]) -> No
     subprocess.run([str(kd), "export", "demo", "--out", "artefact"], check=True, cwd=scratch)
 
 
+SERVE = """
+import importlib.util as u, numpy as np, kd_exporter_onnx as k
+assert not u.find_spec("torch") and not u.find_spec("kdcore")
+e = np.load("artefact/example.npz")
+sides = {s: {n.split("/", 1)[1]: e[n] for n in e.files if n.startswith(s)} for s in ("input", "output")}
+said = k.load("artefact").run_graph(sides["input"])
+for name, expected in sides["output"].items():
+    np.testing.assert_allclose(said[name], expected, rtol=1e-3, atol=1e-3)
+print("served without torch:", sorted(said))
+"""
+BARE = """
+import kd_exporter_onnx as k
+try:
+    k.load("artefact")
+except k.NoRuntimeError as error:
+    assert "[cpu]" in str(error) and "[gpu]" in str(error), error
+else:
+    raise SystemExit("an artefact loaded without any runtime")
+"""
+
+
 def check_serving(python: str, wheels: Path, scratch: Path) -> None:
+    """With the CPU runtime, the shipped example gives the shipped answers; without one, the error says what to install."""
     binary = environment(scratch / "serving", python, wheels, "kd-exporter-onnx[cpu]")
-    code = (
-        "import sys, importlib.util as u; assert not u.find_spec('torch') and not u.find_spec('kdcore');"
-        "import numpy as np, kd_exporter_onnx as k; s = k.load('artefact');"
-        "e = np.load('artefact/example.npz'); print('served without torch:', sorted(e.files))"
-    )
-    subprocess.run([str(binary), "-c", code], check=True, cwd=scratch)
-    subprocess.run(
-        [str(binary.parent / "kd-verify"), "artefact", "--provider", "cpu"], check=True, cwd=scratch
-    )
+    subprocess.run([str(binary), "-c", SERVE], check=True, cwd=scratch)
+    verify = [str(binary.parent / "kd-verify"), "artefact", "--provider", "cpu"]
+    subprocess.run(verify, check=True, cwd=scratch)
+    bare = environment(scratch / "bare", python, wheels, "kd-exporter-onnx")
+    subprocess.run([str(bare), "-c", BARE], check=True, cwd=scratch)
 
 
 def main() -> None:
