@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcore import kinds
+from kdcore import kinds, parallel, sharding
 from kdcore.context import RunContext
 from kdcore.data import Source, key_seed
 from kdcore.distill import Distiller
@@ -170,8 +170,10 @@ def make_student(recipe: Recipe, builder: Builder) -> Student:
     return student
 
 
-def prepare(parts: Parts, source: Source, run: RunContext, distiller: Distiller) -> None:
-    """Attach the run, call setup, set taps, and try everything on one small real batch.
+def prepare(
+    parts: Parts, source: Source, run: RunContext, distiller: Distiller, sharded: Iterable[str] = ()
+) -> None:
+    """Attach the run, call setup, shard, set taps, and try everything on one small real batch.
 
     The models' setup comes first and the taps after it, so that a loss can see in its own what it will read.
     """
@@ -181,6 +183,8 @@ def prepare(parts: Parts, source: Source, run: RunContext, distiller: Distiller)
     _set_up(models)
     for teacher in parts.teachers.values():
         frozen(teacher)
+    for name in sharded if parallel.world() > 1 else ():
+        sharding.shard(parts.student if name == "student" else parts.teachers[name], run.device)
     distiller.to(run.device)
     _set_taps(parts)
     _set_up(each for each in parts.components() if each not in models)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore import parallel
+from kdcore import parallel, sharding
 from kdcore.context import RunContext
 from kdcore.counts import ALL, Counts
 from kdcore.errors import InputError, KDError
@@ -133,7 +133,8 @@ class Distiller(nn.Module):
         for chunk in chunks:
             with optim_wrapper.optim_context(self):
                 terms = self.terms(chunk)
-            self.guards.look(terms, self._last.student, run.step)
+            with sharding.asked_only(self.student):
+                self.guards.look(terms, self._last.student, run.step)
             if self._merger is not None:
                 self._collect(grads, terms)
             optim_wrapper.backward(_weighted(terms))
@@ -147,11 +148,14 @@ class Distiller(nn.Module):
         optim_wrapper.zero_grad()
         run.terms = logs  # type: ignore[assignment]
         run.step += 1
+        sharding.rest([self.student, *self.parts.teachers.values()])
         self._after(batch, kept)
         return logs
 
     def forward(self, batch: Batch) -> Tensor:
         """The objective of a batch: the weighted sum of its terms."""
+        if sharding.is_sharded(self.student):
+            raise KDError("run.objective puts tensors in the place of parameters, which fsdp does not allow")
         counts, self._counts = self._counts, Counts()
         try:
             return _weighted(self.terms(batch))
@@ -268,6 +272,7 @@ class Distiller(nn.Module):
     def _asked(self, name: str, part: Batch, rows: Tensor | None) -> Outputs:
         taps, needs = self.parts.taps.get(name), self.parts.needs[name]
         stop = taps is not None and needs <= set(taps.names)
+        stop = stop and not sharding.is_sharded(self.teachers[name])  # such a forward ends whole
         with torch.set_grad_enabled(self._grad_through and torch.is_grad_enabled()):
             outputs = self.ask(name, part if rows is None else part.rows(rows), stop=stop)
         return outputs if rows is None else replace(outputs, rows=rows)
@@ -353,6 +358,8 @@ class Distiller(nn.Module):
         outputs = Outputs()
         with taps.reading(replace, stop) as seen:
             outputs = model(mine)
+        if sharding.is_sharded(model):
+            sharding.cover(model, model.model, seen)
         return with_tensors(outputs, seen)
 
 

@@ -16,7 +16,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from kdcore import memory, parallel
+from kdcore import memory, parallel, sharding
 from kdcore.building import trainable
 from kdcore.data import StepSampler
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
@@ -158,19 +158,33 @@ class _Autocast(OptimWrapper):
 
 
 def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
+    sharding.rest([job.distiller.student])  # the optimiser steps the pieces
     params = trainable(job.distiller)
     if not params:
         raise InputError("student.train", "nothing is left to train")
     job.run.optimizers = own_optimizers(job.distiller.parts, job.optimizer_tables)
-    options: dict[str, Any] = {"optimizer": job.make_optimizer(params)}
+    options: dict[str, Any] = {"optimizer": job.make_optimizer(_groups(job, train, params))}
     if train.clip is not None:
         options["clip_grad"] = {"max_norm": train.clip}
     device = job.run.device.type
-    if train.precision == "bf16":
-        return _Autocast(device, **options)
     if train.precision == "fp16":
         return AmpOptimWrapper(dtype="float16", **options)
-    return OptimWrapper(**options)
+    wrapper = _Autocast(device, **options) if train.precision == "bf16" else OptimWrapper(**options)
+    if train.strategy == "fsdp":
+        wrapper.clip_func = parallel.clip_norm
+    return wrapper
+
+
+def _groups(job: Fit, train: TrainTable, params: list[nn.Parameter]) -> list[Any]:
+    """Under fsdp what is sharded apart from the rest: torch's optimisers mix no two kinds of tensor in a group.
+
+    Cut by what would be sharded, not by what is, so that another number of processes can resume.
+    """
+    if train.strategy != "fsdp":
+        return params
+    mine = {id(p) for p in job.distiller.student.parameters() if p.dim()}
+    groups = [[p for p in params if id(p) in mine], [p for p in params if id(p) not in mine]]
+    return [{"params": group} for group in groups if group]
 
 
 def _schedulers(train: TrainTable, steps: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from kdcore import parallel
+from kdcore import parallel, sharding
 from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors
 from kdcore.data import Source
 from kdcore.distill import Distiller
@@ -147,15 +147,17 @@ class StateHook(Hook):
     def save(self, runner: Runner) -> None:
         """Write step-N.state beside the older ones, then drop all but the newest few."""
         self.last_saved = time.monotonic()
+        job = self.job
+        model = parallel.whole(job.distiller.state_dict())
+        optimizer = parallel.whole(runner.optim_wrapper.state_dict())
         if parallel.rank():
             return
-        job = self.job
         metrics = job.metrics_file
         state = {
             "identity": job.identity,
             "world": parallel.world(),
-            "model": job.distiller.state_dict(),
-            "optimizer": runner.optim_wrapper.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "schedulers": [s.state_dict() for s in runner.param_schedulers or []],
             "run": job.run.state_dict(),
             "epoch": runner.epoch,
@@ -184,8 +186,8 @@ class StateHook(Hook):
                 "this state belongs to another recipe",
                 hint="use another --out, or --resume=force to go on",
             )
-        job.distiller.load_state_dict(state["model"])
-        runner.optim_wrapper.load_state_dict(state["optimizer"])
+        job.distiller.load_state_dict(parallel.pieces(state["model"], job.distiller.state_dict()))
+        runner.optim_wrapper.load_state_dict(_spread(state["optimizer"], runner.optim_wrapper.optimizer))
         for scheduler, value in zip(runner.param_schedulers or [], state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
         job.run.load_state_dict(state["run"])
@@ -207,20 +209,30 @@ class StateHook(Hook):
         sign = 1 if higher_is_better(name) else -1
         if not self.best or sign * value > sign * self.best["metrics"][name]:
             self.best = {"step": self.job.run.step, "metrics": dict(metrics)}
+            weights = parallel.whole(self.job.distiller.student.state_dict())
             if not parallel.rank():
-                save_tensors(self.job.folder / "best.safetensors", self.job.distiller.student.state_dict())
+                save_tensors(self.job.folder / "best.safetensors", weights)
 
     def settle(self) -> None:
         """The best weights back into the student, where they were asked for."""
         if self.best:
             parallel.barrier()
+            student = self.job.distiller.student
             weights = load_tensors(self.job.folder / "best.safetensors", "train.keep")
-            self.job.distiller.student.load_state_dict(weights)
+            student.load_state_dict(parallel.pieces(weights, student.state_dict()))
             self.latest = dict(self.best["metrics"])
 
 
 def frozen_teachers(distiller: Distiller) -> dict[str, nn.Module]:
+    sharding.rest(distiller.teachers.values())  # version counters are those of the pieces
     return {name: teacher for name, teacher in distiller.teachers.items() if not teacher.saved}
+
+
+def _spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's whole state in the pieces of its parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {i: parallel.pieces(each, dict.fromkeys(each, params[i])) for i, each in state["state"].items()}
+    return {**state, "state": found}
 
 
 def _lr(runner: Runner) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcore import parallel
 from kdcore.errors import RunError
 from kdcore.types import Batch, Outputs
 
@@ -119,7 +120,7 @@ def digest(value: Any, limit: int | None = None) -> str:
     """
     state = hashlib.blake2b(digest_size=8)
     if isinstance(value, Tensor):
-        flat = value.detach().reshape(-1)
+        flat = parallel.whole(value.detach()).reshape(-1)
         flat = flat[:: max(len(flat) // limit, 1)] if limit else flat
         state.update(f"{value.dtype} {tuple(value.shape)}".encode())
         state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)

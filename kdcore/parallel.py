@@ -1,8 +1,8 @@
-"""Several processes: sums over ranks. With one process every function here is the identity."""
+"""Several processes: sums over ranks, tensors in pieces. With one process every function here is the identity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,21 +29,62 @@ def total(value: float | Tensor, device: torch.device | str = "cpu") -> float:
 
 
 def average_gradients(params: Iterable[nn.Parameter], *, mean: bool = True) -> None:
-    """Sum (or average) ``.grad`` over ranks, in place, in one message a dtype."""
+    """Sum (or average) ``.grad`` over ranks, in place, in one message a dtype; sharded ones are summed already.
+
+    A parameter that no rank has a gradient for keeps None, as with one process: the optimiser passes it over.
+    """
     if world() == 1:
         return
-    owners = [p for p in params if p.requires_grad]
-    for param in owners:  # a rank whose samples left a parameter unused still takes part
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-    for dtype in {p.dtype for p in owners}:
-        grads = [p.grad for p in owners if p.dtype == dtype and p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
+    owners = [p for p in params if p.requires_grad and not is_sharded(p)]
+    for dtype in dict.fromkeys(p.dtype for p in owners):
+        mine = [p for p in owners if p.dtype == dtype]
+        used = torch.tensor([p.grad is not None for p in mine]).to(mine[0])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+        flat = torch.cat([*(g.flatten() for g in grads), used])
         dist.all_reduce(flat)
-        if mean:
-            flat /= world()
-        for grad, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(piece.view_as(grad))
+        *pieces, used = flat.split([*(g.numel() for g in grads), len(mine)])
+        for param, grad, piece, anywhere in zip(mine, grads, pieces, used.tolist(), strict=True):
+            param.grad = grad.copy_(piece.view_as(grad) / (world() if mean else 1)) if anywhere else None
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a tensor is in pieces over the ranks (torch's DTensor, which is not imported to find out)."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Any) -> Any:
+    """Every sharded tensor in a tree of dicts, lists and tuples put together, on every rank, one by one."""
+    if isinstance(value, Mapping):
+        return {key: whole(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(whole, value))
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def pieces(value: Any, like: Any) -> Any:
+    """``whole`` undone: each tensor of the tree as ``like`` has it at its place; no message is sent."""
+    if isinstance(value, Mapping) and isinstance(like, Mapping):
+        return {key: pieces(each, like.get(key)) for key, each in value.items()}
+    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    here = value.to(like.device, copy=True)
+    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def clip_norm(params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to a joint 2-norm of at most ``max_norm``, sharded ones among them; the old norm."""
+    grads = [p.grad for p in params if p.grad is not None]
+    parts: list[Tensor] = [g.to_local() for g in grads if is_sharded(g)]  # type: ignore[attr-defined]
+    squares = sum((g.square().sum() for g in parts), torch.zeros((), device=params[0].device))
+    if world() > 1:
+        dist.all_reduce(squares)
+    squares = squares + sum(g.square().sum() for g in grads if not is_sharded(g))
+    norm = squares.sqrt()
+    for grad in [*parts, *(g for g in grads if not is_sharded(g))]:
+        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+    return norm
 
 
 class _Gather(torch.autograd.Function):

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch.nn import SyncBatchNorm
 
 from kdcore import building as build
-from kdcore import parallel
+from kdcore import parallel, sharding
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source
@@ -82,12 +82,14 @@ class StageRun:
             raise
         return found
 
-    def context(self, parts: Parts) -> tuple[Distiller, RunContext]:
-        """A prepared distiller: built, set up, tapped, tried on a small real batch, on the device."""
+    def context(self, parts: Parts, train: TrainTable | None = None) -> tuple[Distiller, RunContext]:
+        """A prepared distiller: built, set up, sharded, tapped, tried on a small real batch, on the device."""
+        pieces = [n for n, table in self.recipe.teacher.items() if table.shard and n in parts.teachers]
+        sharded = sharding.chosen(parts, train or self.recipe.train, pieces)
         distiller = Distiller(parts)
         run = RunContext(distiller, self.source, seed=self.seed, folder=self.folder, artefacts=self.artefacts)
         run.device = self.device
-        build.prepare(parts, self.source, run, distiller)
+        build.prepare(parts, self.source, run, distiller, sharded)
         return distiller, run
 
     def fit(self, parts: Parts, name: str, train: TrainTable | None = None) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class StageRun:
             return result
         if parallel.world() > 1:
             _refuse_batch_statistics(student)
-        distiller, _ = self.context(parts)
+        distiller, _ = self.context(parts, table)
         distiller.guards.enabled = self.recipe.report.guards
         folder.mkdir(parents=True, exist_ok=True)
         if table.compile:
@@ -129,6 +131,7 @@ class StageRun:
             progress=self.progress,
         )
         result = engine.fit(job)
+        sharding.restored(student)
         result["curves"] = str((folder / "metrics.jsonl").relative_to(self.folder))
         if not parallel.rank():
             save_tensors(folder / "weights.safetensors", student.state_dict())

@@ -62,6 +62,7 @@ class TeacherTable(Use):
     train: dict[str, Any] | None = None
     data: dict[str, Any] = {}
     view: dict[str, str] = {}
+    shard: bool = False
 
 
 class StudentTable(Use):
@@ -113,6 +114,7 @@ class TrainTable(Table):
     accumulate: Positive = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    strategy: Literal["replicate", "fsdp"] = "replicate"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive | None = None
     eval_every: Positive = 1

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import importlib
 import itertools
+import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from kdcore import plugins
 from kdcore.plugins import Entry
@@ -94,3 +97,58 @@ def digest() -> Callable[[Path], dict[str, str]]:
         return found
 
     return of
+
+
+class Ranks:
+    """Recipes to run by several processes at once, in a folder; modules beside them can be imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def add(self, name: str, recipe: dict[str, Any], **options: Any) -> Path:
+        """``stop``: a step at which one process gets SIGTERM; ``resume``: go on with the run that is there."""
+        path = self.folder / f"{name}.toml"
+        path.write_text(tomli_w.dumps(recipe), "utf-8")
+        for key, value in options.items():
+            path.with_suffix(f".{key}").write_text(str(value), "utf-8")
+        return path
+
+    def run(self, count: int = 2) -> None:
+        launch(count, str(Path(__file__).with_name("on_ranks.py")), str(self.folder))
+
+    def out(self, name: str) -> Path:
+        return self.folder / f"{name}-run"
+
+    def error(self, name: str) -> str:
+        """The first process's exit code and words; empty where the run ended well."""
+        path = self.folder / f"{name}.error0"
+        return path.read_text("utf-8") if path.exists() else ""
+
+
+def launch(count: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """``command`` under torchrun, in ``count`` processes of one thread each."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command]
+    done = subprocess.run(
+        torchrun,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    told = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
+    assert not check or done.returncode == 0, "\n".join(told[-60:])
+    return done
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """One folder of recipes a test module, so that they share the start of the processes."""
+    return Ranks(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    return launch

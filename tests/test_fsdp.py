@@ -1,0 +1,156 @@
+"""A student in pieces over two processes trains as it does whole in one; what cannot be done so is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kdcore
+from kdcore.checkpoint import load_tensors
+
+FIT = "stages/distill/student"
+WIDE = [
+    260,
+    260,
+    260,
+]  # 260 * 261 = 67,860 parameters a layer: above UNIT, so that inner layers are cut apart
+MODULE = """
+    import torch
+    from torch import nn
+    from kdcore.types import Data, Outputs
+    from kdcore.datasets import TensorSet, digits
+
+    def documents():
+        '''Sequences of very different length: two processes never hold the same number of tokens.'''
+        rng = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 12, (40, 10), generator=rng)
+        target = torch.roll(tokens, -1, 1)
+        target[torch.arange(10)[None, :] >= torch.randint(1, 11, (40, 1), generator=rng)] = -100
+        sets = [TensorSet(torch.arange(a, b), input=tokens[a:b], input_ids=tokens[a:b], target=target[a:b])
+                for a, b in ((0, 24), (24, 32), (32, 40))]
+        return Data(*sets, classes=12)
+
+    def streams():
+        '''40 labelled digits beside 60 without labels.'''
+        data = digits(labels=100, flat=True)
+        values = {name: value for name, value in data.train.values.items()}
+        first = {name: value[:40] for name, value in values.items()}
+        rest = {name: value[40:] for name, value in values.items() if name != "target"}
+        data.train = {"labelled": TensorSet(first.pop("id"), **first), "free": TensorSet(rest.pop("id"), **rest)}
+        return data
+
+    class Language(nn.Module):
+        '''Shares its embedding's weight with the output layer.'''
+        def __init__(self, width):
+            super().__init__()
+            self.embed = nn.Embedding(12, width)
+            self.body = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+            self.scale = nn.Parameter(torch.tensor(1.0))  # no axis to cut
+        def forward(self, tokens):
+            return Outputs(logits=self.scale * self.body(self.embed(tokens)) @ self.embed.weight.T)
+
+    def language(*, width: int = 260):
+        return Language(width)
+"""
+
+
+def images(**train: Any) -> dict[str, Any]:
+    """SGD does not amplify rounding as Adam's division does, so equality can be asked for tightly."""
+    return {
+        "name": "images",
+        "data": {"source": "kdcore.datasets:digits", "args": {"labels": 100, "flat": True}, "batch_size": 32},
+        "teacher": {"main": {"use": "module", "model": "kdcore.zoo:mlp", "args": {"hidden": WIDE}}},
+        "student": {"use": "module", "model": "kdcore.zoo:mlp", "args": {"hidden": WIDE}},
+        "loss": [{"use": "kd", "temperature": 4.0, "weight": 0.9}],
+        "train": {
+            "epochs": 2,
+            "optimizer": {"use": "SGD", "lr": 0.1, "momentum": 0.9},
+            "strategy": "fsdp",
+            **train,
+        },
+    }
+
+
+def made(module: str) -> dict[str, dict[str, Any]]:
+    """The recipes, each with something that pieces could get wrong."""
+    best = images(clip=0.05, keep="best")
+    best["teacher"]["main"] |= {"train": {"epochs": 1}, "shard": True}
+
+    # gradient that begins inside a layer and never comes from the outputs; a projector, which is not cut
+    tapped = images(accumulate=2)
+    reads = {"student": {"feature": "hidden1.0"}, "teacher": {"feature": "hidden1.0"}}
+    tapped["loss"] = [{"use": "classics.fitnet", "reads": reads}]
+    tapped["task"] = {"weight": 0.0}
+    tapped["teacher"]["main"]["shard"] = True
+
+    ema = images(optimizer={"use": "AdamW", "lr": 1e-3, "eps": 1e-3})
+    ema["teacher"]["main"] = {"use": "self", "decay": 0.9}
+
+    tokens = images(optimizer={"use": "SGD", "lr": 0.5}, clip=1.0)
+    tokens["data"] = {"source": f"{module}:documents", "batch_size": 8}
+    tokens["teacher"]["main"] = {"use": "module", "model": f"{module}:language", "shard": True}
+    tokens["student"] = {"use": "module", "model": f"{module}:language"}
+    tokens["task"] = {"use": "language", "weight": 0.5}
+
+    llama = {"model_type": "llama", "vocab_size": 12, "hidden_size": 128, "intermediate_size": 256}
+    llama |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
+    hidden = images(steps=3)  # losses that compute with the weights of the output layer, after the forward
+    del hidden["train"]["epochs"]
+    hidden["data"] = tokens["data"]
+    hidden["student"] = {"use": "hf", "config": {**llama, "tie_word_embeddings": True}, "unembed": True}
+    hidden["teacher"]["main"] = {**hidden["student"], "shard": True}
+    hidden["task"] = {"use": "language"}
+
+    streams = images()
+    streams["data"] = {"source": f"{module}:streams", "batch_size": 10, "forward": "separate"}
+    streams["task"] = {"stream": "labelled"}
+    return {
+        "best": best,
+        "tapped": tapped,
+        "ema": ema,
+        "tokens": tokens,
+        "hidden": hidden,
+        "streams": streams,
+    }
+
+
+TOLERANCE = 1e-6  # weights are of order 0.1: some 50 roundings of float32
+
+
+@pytest.fixture(scope="module")
+def both(ranks: Any) -> dict[str, tuple[Path, Path]]:
+    """Every recipe run by one process and by two: the run folders."""
+    (ranks.folder / "fsdp_parts.py").write_text(_dedented(MODULE), "utf-8")
+    recipes = made("fsdp_parts")
+    for name, recipe in recipes.items():
+        ranks.add(name, recipe)
+    ranks.add("stopped", recipes["best"], stop=5)
+    ranks.run()
+    whole = {n: kdcore.run(ranks.folder / f"{n}.toml", out=ranks.folder / f"{n}-one") for n in recipes}
+    return {name: (result.folder, ranks.out(name)) for name, result in whole.items()}
+
+
+def _dedented(code: str) -> str:
+    import textwrap
+
+    return textwrap.dedent(code)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / FIT / "weights.safetensors", "test")
+
+
+def distance(left: Path, right: Path) -> float:
+    a, b = weights(left), weights(right)
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+@pytest.mark.parametrize("name", ["best", "tapped", "ema", "tokens", "hidden", "streams"])
+def test_two_processes_with_pieces_give_the_result_of_one(name: str, both: Any, ranks: Any) -> None:
+    assert ranks.error(name) == ""
+    one, two = both[name]
+    assert distance(one, two) < TOLERANCE
