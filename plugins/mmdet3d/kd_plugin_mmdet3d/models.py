@@ -1,0 +1,123 @@
+"""The components: a detector of mmdetection3d as a teacher and as a student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from kd_plugin_mmdet3d import families, heads, scene
+from kd_plugin_mmdet3d.load import load_detector, quiet
+from kdcore.kinds import Kind, Student, Teacher
+from kdcore.types import Batch, Outputs
+
+Count = Annotated[int, Field(gt=0)]
+
+
+class Wrapped(Kind):
+    """A detector behind the core's contract.
+
+    Outputs: ``logits`` and ``heatmap`` (one map of class logits), ``regression``, ``low`` and ``high`` (the maps before
+    and after the BEV encoder), all [B, C, rows along y, columns along x] and untouched by the losses, and ``head.N``,
+    the head's own tensors.
+    """
+
+    detector: Any
+    most: int
+    _spec: Any = None
+
+    def wrap(self, detector: nn.Module, most: int, place: str) -> None:
+        self.family = families.family_of(detector, place)
+        self.detector, self.most = detector, most
+        heads.check_head(self.head, place)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.detector  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Module:
+        return getattr(self.detector, self.family.head)  # type: ignore[no-any-return]
+
+    def forward(self, batch: Batch) -> Outputs:
+        with quiet(), families.watched(self.detector, self.family) as seen:
+            inputs, samples = self.prepared(batch)
+            said = self.head(families.features(self.detector, self.family, inputs, samples))
+        answer = heads.response(self.head, said)
+        tensors, self._spec = heads.flat(said)
+        return Outputs(logits=answer["heatmap"], tensors={**tensors, **answer, **seen})
+
+    def prepared(self, batch: Batch) -> tuple[dict[str, Any], list[Any]]:
+        """What mmdet3d calls inputs and data samples; a detector is given the sensors that it has, and no other."""
+        points = families.takes_points(self.detector)
+        image = families.takes_image(self.detector, self.family)
+        return scene.prepared(
+            self.detector, batch, points=points, image=image, code_size=scene.code_size_of(self.head)
+        )
+
+    def infer(self, outputs: Outputs) -> dict[str, Tensor]:
+        """``boxes`` [B, max_boxes, 9]: the detector's own decoding and non-maximum suppression."""
+        said = heads.whole(outputs.tensors, self._spec)
+        metas = [scene.meta() for _ in outputs["heatmap"]]
+        with quiet():
+            return {"boxes": heads.predictions(self.head, said, metas, self.most)}
+
+
+class MMDet3DTeacher(Wrapped, Teacher):
+    """A detector of mmdetection3d as a teacher.
+
+    ``config``: a model's table, an OpenMMLab config file (by path, or by its place among mmdet3d's own), or
+    ``module:function`` with ``args``; config files are Python and are run. ``options``: dotted keys over it.
+    ``checkpoint``: weights of exactly this model. ``max_boxes``: detections kept of a scene.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: str | dict[str, Any],
+        args: dict[str, Any] = {},  # noqa: B006 - read only; the schema shows the default
+        options: dict[str, Any] = {},  # noqa: B006
+        checkpoint: str | None = None,
+        max_boxes: Count = 32,
+    ) -> None:
+        super().__init__()
+        self.wrap(load_detector(config, args, options, checkpoint, "teacher"), max_boxes, "teacher")
+
+    def trainee(self) -> Student:
+        return _Trainee(self)
+
+
+class MMDet3DStudent(Wrapped, Student):
+    """A detector of mmdetection3d as a student; the parameters are the teacher's. Its loss is the detector's own."""
+
+    def __init__(
+        self,
+        *,
+        config: str | dict[str, Any],
+        args: dict[str, Any] = {},  # noqa: B006
+        options: dict[str, Any] = {},  # noqa: B006
+        checkpoint: str | None = None,
+        max_boxes: Count = 32,
+    ) -> None:
+        super().__init__()
+        self.wrap(load_detector(config, args, options, checkpoint, "student"), max_boxes, "student")
+
+    def task_loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The head's losses by name, on clones of its maps: the outputs stay raw logits."""
+        size, image = scene.code_size_of(self.head), families.takes_image(self.detector, self.family)
+        with quiet():
+            samples = [scene.sample_of(batch, row, image, size) for row in range(len(batch))]
+            return heads.losses(self.head, heads.whole(outputs.tensors, self._spec), samples)
+
+    def parameters_to_ship(self) -> dict[str, Tensor]:
+        """The weights under mmdetection3d's names."""
+        return dict(self.detector.state_dict())
+
+
+class _Trainee(MMDet3DStudent):
+    """A teacher's own detector, trained on the task."""
+
+    def __init__(self, teacher: MMDet3DTeacher) -> None:
+        Student.__init__(self)
+        self.wrap(teacher.detector, teacher.most, "teacher")
