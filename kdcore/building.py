@@ -16,7 +16,7 @@ from kdcore.context import RunContext
 from kdcore.data import Source, key_seed
 from kdcore.distill import Distiller
 from kdcore.errors import InputError, KDError, cause, nearest
-from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen
+from kdcore.kinds import Augmentation, FunctionLoss, Kind, Loss, Student, Teacher, frozen
 from kdcore.parts import Parts, Slot
 from kdcore.resolve import is_artefact, schema
 from kdcore.signature import Schema, import_string
@@ -178,6 +178,7 @@ def prepare(
     The models' setup comes first and the taps after it, so that a loss can see in its own what it will read.
     """
     distiller.attach(run)
+    _set_draws(parts, run)
     run.reseed("setup")
     models = [(name, each) for name, each in parts.components() if name.startswith(("student", "teacher."))]
     _set_up(models)
@@ -190,6 +191,15 @@ def prepare(
     _set_up(each for each in parts.components() if each not in models)
     distiller.to(run.device)
     _dry_run(distiller, run)
+
+
+def _set_draws(parts: Parts, run: RunContext) -> None:
+    """The augmentation that says which samples come next, if there is one."""
+    drawing = {n: a for n, a in parts.augmentations.items() if type(a).draw is not Augmentation.draw}
+    if len(drawing) > 1:
+        raise InputError("augmentation", "two of them draw the samples", given=list(drawing))
+    for each in drawing.values():
+        run.order.follow(each.draw, each.draw_every)
 
 
 def _set_up(components: Iterable[tuple[str, Kind]]) -> None:

@@ -90,14 +90,29 @@ class Order:
         rng = np.random.default_rng(key_seed(self.seed, "order", stream, cycle))
         return [int(i) for i in rng.permutation(self.sizes[stream])]
 
+    def follow(self, draw: Callable[[int, int], Tensor | None], every: int | None) -> None:
+        """Let an augmentation draw the epoch's stream, in blocks of ``every`` steps, or of its whole length."""
+        self.draw, self.steps_per_epoch = draw, every or self.steps_per_epoch
+
     def begin_epoch(self, epoch: int) -> None:
         """Ask the augmentation (if it draws) for this epoch's block, once; the block is part of the state."""
-        if epoch not in self.drawn and (block := self.draw(self.sizes[self.epoch_stream], epoch)) is not None:
-            self.drawn = {epoch: block}
+        size, batch = self.sizes[self.epoch_stream], self.batch_sizes[self.epoch_stream]
+        if epoch in self.drawn or (block := self.draw(size, epoch)) is None:
+            return
+        least = (self.steps_per_epoch - 1) * batch + 1
+        if len(block) < least or not 0 <= int(block.min()) <= int(block.max()) < size:
+            given = (
+                f"{len(block)} indices from {int(block.min())} to {int(block.max())}"
+                if len(block)
+                else "none"
+            )
+            allowed = f"{least} or more, each below {size}"
+            raise InputError("augmentation", "draws no such samples", given=given, allowed=allowed)
+        self.drawn = {epoch: block}
 
-    def _sequence(self, stream: str, cycle: int) -> Sequence[int]:
+    def _sequence(self, stream: str, cycle: int) -> Sequence[int] | Tensor:
         if stream == self.epoch_stream and cycle in self.drawn:
-            return self.drawn[cycle].tolist()
+            return self.drawn[cycle]
         return self._permutation(stream, cycle)
 
     def keys(self, step: int) -> list[Key]:
@@ -106,7 +121,7 @@ class Order:
         for name, size in self.batch_sizes.items():
             if name == self.epoch_stream:
                 sequence = self._sequence(name, epoch)
-                found += [Key(name, epoch, i) for i in sequence[inner * size : (inner + 1) * size]]
+                found += [Key(name, epoch, int(i)) for i in sequence[inner * size : (inner + 1) * size]]
                 continue
             for place in range(step * size, (step + 1) * size):
                 cycle, offset = divmod(place, self.sizes[name])

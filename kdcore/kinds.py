@@ -248,12 +248,17 @@ class Augmentation(Kind):
     """A cached teacher is refused beside an augmentation that changes inputs."""
     changes_labels: ClassVar[bool] = False
     """Whether ``target`` (mixed or smoothed labels) or the samples' ids come out different."""
+    draw_every: int | None = None
+    """The steps that a block of ``draw`` lasts, which is an epoch then; None: as many as the stream has batches."""
 
     def forward(self, batch: Batch) -> Batch:
         return batch
 
     def draw(self, size: int, epoch: int) -> Tensor | None:
-        """Indices (int64) of the next epoch's samples out of ``size``, in order; None leaves the order."""
+        """Indices (int64) of the next epoch's samples out of ``size``, in order; None leaves the order.
+
+        Asked once an epoch, at its start; repetitions are allowed. The block is part of the run's state.
+        """
         return None
 
 
