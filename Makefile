@@ -57,7 +57,7 @@ $(VENV3D)/.installed: $(VENV3D)/.thirdparty $(addsuffix /pyproject.toml,$(APART)
 
 # the files whose names end in _mmdet3d.py are collected here and nowhere else
 test-mmdet3d: install-mmdet3d
-	$(VENV3D)/bin/python -m pytest -q -n 2 -o python_files="*_mmdet3d.py test_*.py" plugins/mmdet3d plugins/unidistill
+	$(VENV3D)/bin/python -m pytest -q -n 2 -p no:dash -o python_files="*_mmdet3d.py test_*.py" plugins/mmdet3d plugins/unidistill
 
 clean:
 	rm -rf $(VENV) $(VENV3D) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
