@@ -56,7 +56,8 @@ def inputs_as_declared(s: Subject) -> None:
 def draw(s: Subject) -> None:
     """The next epoch's samples are indices of the data set. Do: return int64 indices within range, equal at every call
     for one epoch."""
-    size = 24
+    order = s.home.run.order
+    size = order.sizes[order.epoch_stream]
     found = [s.fresh().draw(size, epoch) for epoch in (0, 0, 1)]
     if found[0] is None:
         return
