@@ -82,12 +82,12 @@ def run(
     with _located(source), parallel.group(), folders.beside(source):
         if plugins_only:
             resolve.refuse_code(source.tree)
-        if not (resume and (folder / LOCK).exists()):
+        if not (resume and os.path.exists(folder / LOCK)):
             _check_whole(recipe)
         made = not parallel.rank() and folders.open_folder(folder, source, resume, force)
         parallel.barrier()
         try:
-            return _run(recipe, folder, Progress(quiet or bool(parallel.rank())))
+            return _run(recipe, folder, Progress(quiet or bool(parallel.rank())), force)
         except InputError:
             if made:
                 folders.discard(folder)
@@ -123,7 +123,7 @@ def export(*args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _run(recipe: Recipe, folder: Path, progress: Progress) -> Result:
+def _run(recipe: Recipe, folder: Path, progress: Progress, force: bool = False) -> Result:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     if (folder / "results.json").exists():
@@ -136,11 +136,11 @@ def _run(recipe: Recipe, folder: Path, progress: Progress) -> Result:
             name = recipes.stage_name(table, index)
             done = folder / "stages" / name / "artefacts.json"
             if done.exists():
-                found = json.loads(done.read_text("utf-8"))
+                found = folders.placed(json.loads(done.read_text("utf-8")), folder)
             else:
-                found = _stage(recipe, table, index, folder, artefacts, progress)
+                found = _stage(recipe, table, index, folder, artefacts, progress, force)
                 if not parallel.rank():
-                    write_json(done, found)
+                    write_json(done, folders.portable(found, folder))
             artefacts.update({f"{name}.{key}": value for key, value in found.items()})
             results.update(found.get("results", {}))
         if not parallel.rank():
@@ -150,11 +150,17 @@ def _run(recipe: Recipe, folder: Path, progress: Progress) -> Result:
 
 
 def _stage(
-    recipe: Recipe, table: StageTable, index: int, folder: Path, artefacts: dict[str, Any], progress: Progress
+    recipe: Recipe,
+    table: StageTable,
+    index: int,
+    folder: Path,
+    artefacts: dict[str, Any],
+    progress: Progress,
+    force: bool,
 ) -> dict[str, Any]:
     name = recipes.stage_name(table, index)
     view = recipes.parse_stage(recipe, table, f"stage.{index}")
-    stage_run = StageRun(view, name, folder / "stages" / name, artefacts, progress)
+    stage_run = StageRun(view, name, folder / "stages" / name, artefacts, progress, force=force)
     stage_run.folder.mkdir(parents=True, exist_ok=True)
     params = resolve.stage_params("stage", table)
     stage = stage_run.builder().make("stage", table.use, params, f"stage.{index}")
@@ -177,7 +183,6 @@ def _finish(
     if recipe.export is not None:
         shutil.rmtree(folder / "artefact", ignore_errors=True)  # of a run that was killed before its results
         results["export"] = shipping.export(folder, _recipe=recipe, progress=progress)
-    write_json(folder / "results.json", results)
     report.write(recipe, folder, results)
 
 
@@ -207,6 +212,7 @@ def _try(trial: StageRun) -> None:
     for name, table in view.teacher.items():
         trial.of_teacher(name)
         if table.train is not None:
+    write_json(folder / "results.json", results)  # last: what has it is finished
             device_of(recipes.teacher_train(view, name))
     parts = building.assemble(view, trial.source, trial.builder())
     for name, table in view.teacher.items():

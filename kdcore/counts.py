@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from kdcore import parallel
 from kdcore.errors import InputError
 from kdcore.kinds import Student
+from kdcore.streams import viewed
 from kdcore.types import Batch, Outputs
 
 ALL = ""  # all streams together
@@ -23,11 +26,13 @@ class Counts:
     tokens: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch, student: Student, device: torch.device) -> Counts:
-        """Counted over all ranks, before any forward."""
+    def of(
+        cls, batch: Batch, student: Student, device: torch.device, view: Mapping[str, str] | None = None
+    ) -> Counts:
+        """Counted over all ranks, before any forward, in the batch as the student's ``view`` shows it."""
         found = cls()
         for stream in batch.streams:
-            part = batch.part(stream)
+            part = viewed(batch.part(stream), view)
             found.samples[stream] = parallel.total(len(part), device)
             mask = supervised(student, part)
             if mask is not None:
@@ -72,3 +77,20 @@ def mask_of(term: Tensor, outputs: Outputs | None, part: Batch) -> Tensor | None
     if mask is not None and mask.shape != term.shape:
         raise InputError("loss", f"a term {tuple(term.shape)} does not fit the mask {tuple(mask.shape)}")
     return mask.bool() if mask is not None else None
+
+
+def routed(value: Any, column: Tensor, rows: Tensor | None, name: str) -> Any:
+    """A term times each sample's weight, as a term of the whole batch: 0 where the teacher did not run."""
+    if isinstance(value, dict):
+        return {key: routed(each, column, rows, name) for key, each in value.items()}
+    if value.dim() == 0:
+        raise InputError(
+            "router", f"loss {name!r} gives one value a batch: a router needs one value a sample, [B]"
+        )
+    share = column if rows is None else column[rows]
+    weighted = value * share.view(-1, *[1] * (value.dim() - 1))
+    return (
+        weighted
+        if rows is None
+        else weighted.new_zeros(len(column), *value.shape[1:]).index_copy(0, rows, weighted)
+    )

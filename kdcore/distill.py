@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdcore import parallel, sharding
 from kdcore.context import RunContext
-from kdcore.counts import ALL, Counts
+from kdcore.counts import ALL, Counts, routed
 from kdcore.errors import InputError, KDError
 from kdcore.events import events_of
 from kdcore.guards import Guards
@@ -24,12 +24,14 @@ from kdcore.kinds import Kind, Teacher, Terms
 from kdcore.parts import Parts, Slot
 from kdcore.streams import (
     Streams,
+    aligned,
     concatenated,
     gathered,
     gathered_batch,
     joined,
     renamed,
     separated,
+    viewed,
     with_tensors,
 )
 from kdcore.taps import Replace
@@ -126,7 +128,8 @@ class Distiller(nn.Module):
         self.guards.witness(batch, self.student, self.parts.teachers, run.step)
         chunks = batch.chunks(self.accumulate)
         alone = len(chunks) == 1 and parallel.world() == 1
-        self._counts = Counts() if alone else Counts.of(batch, self.student, run.device)
+        view = self.parts.views.get("student")
+        self._counts = Counts() if alone else Counts.of(batch, self.student, run.device, view)
         logs: dict[str, Tensor] = {}
         kept: list[Pass] = []
         grads: dict[str, list[Tensor | None]] = {}
@@ -253,10 +256,16 @@ class Distiller(nn.Module):
                     now.teachers[name][stream] = self._asked(name, part, rows)
             if self.router is None:
                 continue
-            routed = {n: now.teachers[n][stream] for n in self.parts.routed if stream in now.teachers[n]}
-            answer = self.router(part, outputs, routed)
+            told = {n: now.teachers[n][stream] for n in self.parts.routed if stream in now.teachers[n]}
+            answer = self.router(part, outputs, told)
             now.weights[stream], extra = answer if isinstance(answer, tuple) else (answer, {})
             for name, value in extra.items():
+                if value.dim() == 0 and self.accumulate > 1:
+                    problem = (
+                        f"its term {name!r} is one value a batch: over micro-batches it would be another"
+                    )
+                    given, hint = f"train.accumulate = {self.accumulate}", "take it out, or lower batch_size"
+                    raise InputError("router", problem, given=given, hint=hint)
                 now.add(f"router.{name}", 1.0, self._counts.share(value, stream, outputs, part))
 
     def _routes(self, teacher: str) -> bool:
@@ -306,7 +315,7 @@ class Distiller(nn.Module):
             value, share = loss(mine, each, here), weight / len(slot.teachers)
             if self._routes(name):
                 column = self._column(now.weights[stream], name)
-                value, share = _routed(value, column, each.rows, slot.name), weight
+                value, share = routed(value, column, each.rows, slot.name), weight
             self._add(slot, share, value, stream, outputs, part, now)
 
     def _add(
@@ -338,7 +347,7 @@ class Distiller(nn.Module):
                 continue
             for name, term in (value if isinstance(value, dict) else {"": value}).items():
                 if self.router is not None and self.router.labels_column and stream in now.weights:
-                    term = _routed(term, now.weights[stream][:, -1], None, "task")
+                    term = routed(term, now.weights[stream][:, -1], None, "task")
                 key = f"task.{name}" if name else "task"
                 now.add(key, self.parts.task_weight, self._counts.share(term, stream, outputs, part))
 
@@ -349,15 +358,13 @@ class Distiller(nn.Module):
     def ask(self, name: str, batch: Batch, replace: Replace | None = None, stop: bool = False) -> Outputs:
         """What a model says of a batch, with its taps' tensors by module path."""
         model = self.student if name == "student" else self.teachers[name]
-        mine = batch.copy()
-        for key, source in self.parts.views.get(name, {}).items():
-            mine[key] = batch[source]
-        taps = self.parts.taps.get(name)
+        view = self.parts.views.get(name)
+        mine, taps = viewed(batch, view), self.parts.taps.get(name)
         if taps is None:
-            return model(mine)  # type: ignore[no-any-return]
+            return aligned(model(mine), mine, view)
         outputs = Outputs()
         with taps.reading(replace, stop) as seen:
-            outputs = model(mine)
+            outputs = aligned(model(mine), mine, view)
         if sharding.is_sharded(model):
             sharding.cover(model, model.model, seen)
         return with_tensors(outputs, seen)
@@ -370,20 +377,3 @@ def _weighted(terms: Mapping[str, tuple[float, Tensor]]) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
-
-
-def _routed(value: Any, column: Tensor, rows: Tensor | None, name: str) -> Any:
-    """A term times each sample's weight, as a term of the whole batch: 0 where the teacher did not run."""
-    if isinstance(value, dict):
-        return {key: _routed(each, column, rows, name) for key, each in value.items()}
-    if value.dim() == 0:
-        raise InputError(
-            "router", f"loss {name!r} gives one value a batch: a router needs one value a sample, [B]"
-        )
-    share = column if rows is None else column[rows]
-    weighted = value * share.view(-1, *[1] * (value.dim() - 1))
-    return (
-        weighted
-        if rows is None
-        else weighted.new_zeros(len(column), *value.shape[1:]).index_copy(0, rows, weighted)
-    )

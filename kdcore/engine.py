@@ -18,7 +18,7 @@ from torch import nn
 
 from kdcore import memory, parallel, sharding
 from kdcore.building import trainable
-from kdcore.data import StepSampler
+from kdcore.data import Order, StepSampler
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
 from kdcore.errors import InputError
 from kdcore.optimizers import own_optimizers
@@ -59,7 +59,7 @@ def make_runner(job: Fit) -> _KDRunner:
     run, train = job.run, job.train
     run.steps_per_epoch = run.order.steps_per_epoch
     run.total_steps = train.steps or (train.epochs or 1) * run.steps_per_epoch
-    job.distiller.accumulate = train.accumulate
+    _check_shares(run.order, train)
     sampler = StepSampler(run.order, parallel.rank(), parallel.world())
     sampler.end = min(run.steps_per_epoch, run.total_steps)
     keeper = StateHook(job)
@@ -85,6 +85,20 @@ def make_runner(job: Fit) -> _KDRunner:
     )
     runner.job, runner.sampler, runner.keeper = job, sampler, keeper  # mmengine deep-copies its configs
     return runner
+
+
+def _check_shares(order: Order, train: TrainTable) -> None:
+    """Every process has a sample of every batch; under fsdp all cut theirs into as many micro-batches."""
+    world, least = parallel.world(), train.accumulate if train.strategy == "fsdp" else 1
+    for stream, size in order.batch_sizes.items():
+        ends = stream == order.epoch_stream
+        smallest = min(size, order.sizes[stream] % size or size) if ends else size
+        if world > 1 and smallest // world < least:
+            problem = (
+                f"a batch of {smallest} of {order.sizes[stream]} samples is too small for {world} processes"
+            )
+            hint = f"a size that leaves none at the end, or at least {least * world}"
+            raise InputError("data.batch_size", problem, given=size, hint=hint)
 
 
 class _KDRunner(Runner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from kdcore import parallel, sharding
 from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors
 from kdcore.data import Source
 from kdcore.distill import Distiller
-from kdcore.errors import InputError, Interrupted, RunError
+from kdcore.errors import InputError, Interrupted, KDError, RunError, cause
 from kdcore.guards import check_finite
 from kdcore.progress import Progress
 from kdcore.signals import Stop
@@ -42,6 +43,7 @@ class Fit:
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     optimizer_tables: Mapping[str, Use] = field(default_factory=dict)
     identity: str = ""
+    force: bool = False
     title: str = "train"
     visualizers: tuple[str, ...] = ()
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
@@ -180,12 +182,23 @@ class StateHook(Hook):
                 job.metrics_file.unlink()  # the lines of a run that was killed before its first state
             return
         path, state = found
-        if state["identity"] != job.identity:
-            raise InputError(
-                str(path),
-                "this state belongs to another recipe",
-                hint="use another --out, or --resume=force to go on",
-            )
+        if state["identity"] != job.identity and not job.force:
+            problem, hint = "this state belongs to another recipe", "use another --out, or --force to go on"
+            raise InputError(str(path), problem, hint=hint)
+        try:
+            self._put_back(runner, state)
+        except KDError:
+            raise
+        except (
+            Exception
+        ) as error:  # of another architecture or optimiser: forced, or written by something else
+            problem, hint = f"this state does not fit the recipe: {cause(error)}", "name another --out"
+            raise InputError(str(path), problem, hint=hint) from error
+        job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
+        job.distiller.guards.remember(frozen_teachers(job.distiller))
+
+    def _put_back(self, runner: Runner, state: dict[str, Any]) -> None:
+        job = self.job
         job.distiller.load_state_dict(parallel.pieces(state["model"], job.distiller.state_dict()))
         runner.optim_wrapper.load_state_dict(_spread(state["optimizer"], runner.optim_wrapper.optimizer))
         for scheduler, value in zip(runner.param_schedulers or [], state["schedulers"], strict=True):
@@ -195,10 +208,10 @@ class StateHook(Hook):
         self.latest, self.best = state["latest"], state["best"]
         runner.train_loop._epoch, runner.train_loop._iter = state["epoch"], job.run.step
         if not parallel.rank() and job.metrics_file.exists():
-            with job.metrics_file.open("r+b") as file:
-                file.truncate(state["metrics_bytes"])
-        job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
-        job.distiller.guards.remember(frozen_teachers(job.distiller))
+            try:
+                os.truncate(job.metrics_file, state["metrics_bytes"])
+            except OSError as error:
+                raise RunError(f"{job.metrics_file}: cannot be written: {error.strerror}") from error
 
     def judge(self, metrics: dict[str, float]) -> None:
         """Keep the latest evaluation, and with keep = "best" the weights of the best one (the first of equals)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -18,6 +19,8 @@ from kdcore.checkpoint import replacing
 from kdcore.errors import InputError, KDError
 from kdcore.source import LOCK, MADE_FROM, Source
 
+DRAFT = re.compile(r"\..*\.tmp$")  # of a process that was killed while it wrote
+INSIDE = "$RUN/"  # how a path inside the run folder is written down, so that the folder may move
 PLAIN = (str, bool, int, float, datetime.date, datetime.time)
 
 
@@ -28,10 +31,12 @@ def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool
         before = _read(lock)
         if before is not None:
             _may_join(folder, before, tree, resume, force)
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and not all(DRAFT.match(path.name) for path in folder.iterdir()):
             raise InputError(str(folder), "not empty, and no run folder", hint="name another --out")
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder, error.strerror or "") from None
     try:
@@ -50,6 +55,26 @@ def discard(folder: Path) -> None:
         files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         if not [path for path in files if path.name != LOCK and "engine" not in path.parts]:
             shutil.rmtree(folder)
+
+
+def portable(value: Any, folder: Path) -> Any:
+    """Artefacts as they are written down: paths inside the run folder without the place where it stands."""
+    if isinstance(value, Mapping):
+        return {key: portable(each, folder) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(each, folder) for each in value]
+    text = str(value) if isinstance(value, str | os.PathLike) else ""
+    return INSIDE + text.removeprefix(f"{folder}/") if text.startswith(f"{folder}/") else value
+
+
+def placed(value: Any, folder: Path) -> Any:
+    """``portable`` undone, where the run folder stands now."""
+    if isinstance(value, Mapping):
+        return {key: placed(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [placed(each, folder) for each in value]
+    inside = isinstance(value, str) and value.startswith(INSIDE)
+    return str(folder / value.removeprefix(INSIDE)) if inside else value
 
 
 @contextmanager

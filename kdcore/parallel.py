@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from kdcore.errors import RunError, cause
+
+_BROKEN = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe|Socket Timeout", re.IGNORECASE)
 
 
 def world() -> int:
@@ -125,18 +130,36 @@ def group() -> Iterator[None]:
     """The process group that torchrun describes in the environment, for this block; nothing without it.
 
     It is left in step: a rank whose peer is gone already would be aborted by the background threads of gloo.
+    Where a peer is gone before that, the block ends with a RunError.
     """
     import os
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
+        with _peers():
+            yield
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
-        dist.barrier()
+        with _peers():
+            yield
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """A connection that broke in this block, in words: the libraries below tell of sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
+            raise
+        raise RunError(
+            f"another process of this run is gone, so this one ({rank()} of {world()}) ends too: "
+            f"{cause(error, 100)}\n"
+            "  hint    what it said is above, if it could; the last saved state is kept: kd resume, or --resume"
+        ) from error

@@ -18,6 +18,7 @@ from kdcore import recipe as recipes
 from kdcore import resolve
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
+from kdcore.folder import placed
 from kdcore.kinds import Deployed, ExportRequest, Student
 from kdcore.source import LOCK
 from kdcore.stages import StageRun
@@ -49,7 +50,7 @@ def load_run(folder: Path) -> tuple[Recipe, StageRun]:
 
 def _artefacts(folder: Path) -> dict[str, Any]:
     left = {
-        path.parent.name: json.loads(path.read_text("utf-8"))
+        path.parent.name: placed(json.loads(path.read_text("utf-8")), folder.absolute())
         for path in folder.glob("stages/*/artefacts.json")
     }
     return {f"{stage}.{key}": value for stage, each in left.items() for key, value in each.items()}

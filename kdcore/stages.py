@@ -30,6 +30,7 @@ from kdcore.optimizers import optimizer_of, optimizer_tables
 from kdcore.parts import Parts
 from kdcore.progress import Progress
 from kdcore.recipe import merge, parse, teacher_train
+from kdcore.streams import aligned, viewed
 from kdcore.tables import Recipe, TrainTable
 from kdcore.task import Task, evaluate
 from kdcore.types import Batch
@@ -48,6 +49,7 @@ class StageRun:
     artefacts: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     seed_offset: int = 0
+    force: bool = False
 
     @property
     def seed(self) -> int:
@@ -85,8 +87,10 @@ class StageRun:
     def context(self, parts: Parts, train: TrainTable | None = None) -> tuple[Distiller, RunContext]:
         """A prepared distiller: built, set up, sharded, tapped, tried on a small real batch, on the device."""
         pieces = [n for n, table in self.recipe.teacher.items() if table.shard and n in parts.teachers]
-        sharded = sharding.chosen(parts, train or self.recipe.train, pieces)
+        table = train or self.recipe.train
+        sharded = sharding.chosen(parts, table, pieces)
         distiller = Distiller(parts)
+        distiller.accumulate = table.accumulate
         run = RunContext(distiller, self.source, seed=self.seed, folder=self.folder, artefacts=self.artefacts)
         run.device = self.device
         build.prepare(parts, self.source, run, distiller, sharded)
@@ -126,6 +130,7 @@ class StageRun:
             make_optimizer=lambda params: optimizer_of(table.optimizer, params, "train.optimizer"),
             optimizer_tables=optimizer_tables(self.recipe, parts) if parts.losses else {},
             identity=self.identity(name),
+            force=self.force,
             title=f"{self.name}/{name}",
             visualizers=tuple(self.recipe.report.visualizers),
             progress=self.progress,
@@ -143,7 +148,9 @@ class StageRun:
         """A digest of everything that decides the bits of a fit; a state of another digest is refused."""
         tree = self.recipe.model_dump(exclude={"report", "export", "name", "description", "probe"})
         tree["train"].pop("checkpoint_every", None)
-        return hashlib.sha256(repr((name, self.name, self.seed_offset, tree)).encode()).hexdigest()
+        here = next((f"{p.parent}/" for p in self.folder.parents if p.name == "stages"), None)
+        text = repr((name, self.name, self.seed_offset, tree))  # the run folder may have moved
+        return hashlib.sha256((text.replace(here, "") if here else text).encode()).hexdigest()
 
     def child(
         self, stage: Stage, name: str, over: Mapping[str, Any] | None = None, offset: int = 0
@@ -157,6 +164,7 @@ class StageRun:
             self.artefacts,
             self.progress,
             self.seed_offset + offset,
+            self.force,
         )
         inner.folder.mkdir(parents=True, exist_ok=True)
         return stage.run(inner)
@@ -252,9 +260,8 @@ class _Viewed:
         self.model.train(mode)
 
     def __call__(self, batch: Batch) -> Any:
-        mine = batch.copy()
-        mine.update({key: batch[source] for key, source in self.view.items()})
-        return self.model(mine)
+        mine = viewed(batch, self.view)
+        return aligned(self.model(mine), mine, self.view)
 
     def infer(self, outputs: Any) -> dict[str, torch.Tensor]:
         return self.model.infer(outputs) if hasattr(self.model, "infer") else {"logits": outputs.logits}

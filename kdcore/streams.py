@@ -15,6 +15,19 @@ from kdcore.types import Batch, Outputs, TopK, Unembed
 Streams = dict[str, Outputs]
 
 
+def viewed(batch: Batch, view: Mapping[str, str] | None) -> Batch:
+    """The batch as a model sees it: a shallow copy; ``view`` names whose values stand where."""
+    mine = batch.copy()
+    mine.update({key: batch[source] for key, source in (view or {}).items()})
+    return mine
+
+
+def aligned(outputs: Outputs, seen: Batch, view: Mapping[str, str] | None) -> Outputs:
+    """A view of ``target`` or ``mask`` holds for the losses, too, where the model gives none of its own."""
+    keys = [key for key in ("target", "mask") if key in (view or {}) and getattr(outputs, key) is None]
+    return replace(outputs, **{key: seen[key] for key in keys}) if keys else outputs
+
+
 def concatenated(parts: Mapping[str, Batch]) -> Batch:
     """The streams as one batch, one after the other, of the keys that all have."""
     keys = set.intersection(*(set(part) for part in parts.values()))

@@ -99,6 +99,107 @@ def digest() -> Callable[[Path], dict[str, str]]:
     return of
 
 
+# every kind of state at once: an EMA teacher, a bank, an augmentation with its own optimiser, dropout
+PARTS = """
+    import torch
+    from torch import nn
+    import torch.nn.functional as F
+    from kdcore.kinds import Augmentation, Loss
+    from kdcore import Component, hookimpl
+
+    class Crash(Exception):
+        pass
+
+    CRASH_AT = set()
+
+    class Bank(Loss):
+        '''Pulls the student to a running mean of each class's logits: buffers that change in after_step.'''
+        reads = ("student.logits",)
+
+        def __init__(self, *, momentum: float = 0.9):
+            super().__init__()
+            self.momentum = momentum
+            self.register_buffer("mean", torch.zeros(10, 10))
+            self.project = nn.Linear(10, 10)
+
+        def forward(self, student, teacher, batch):
+            return (self.project(student.logits) - self.mean[batch["target"]]).square().sum(-1)
+
+        def after_step(self, batch, student):
+            for row, target in zip(student.logits, batch["target"]):
+                self.mean[target] = self.momentum * self.mean[target] + (1 - self.momentum) * row
+            if self.run.step in CRASH_AT:
+                CRASH_AT.discard(self.run.step)
+                raise Crash(self.run.step)
+
+    class Noise(Augmentation):
+        '''Learned noise with its own optimiser, pushed to where teacher and student disagree.'''
+        own_optimizer = {"use": "Adam", "lr": 1e-2}
+
+        def __init__(self, *, size: int = 64):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((size,), 0.1))
+
+        def view(self, batch, generator):
+            changed = batch.copy()
+            noise = torch.randn(batch["input"].shape, generator=generator)
+            changed["input"] = batch["input"] + self.scale * noise
+            return changed
+
+        def before_step(self, batch):
+            seen = self.view(batch, self.run.rng("inner"))
+            student = self.run.ask("student", seen).logits
+            teacher = self.run.ask("main", seen, grad=True).logits
+            self.run.update(self, -F.mse_loss(student, teacher), clip=1.0)
+
+        def forward(self, batch):
+            with torch.no_grad():
+                return self.view(batch, self.run.generator)
+"""
+NET = """
+    import torch
+    from torch import nn
+    def dropping(*, width: int = 8):
+        return nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 10))
+"""
+
+
+@pytest.fixture
+def rich(
+    tiny: dict[str, Any], install: Callable[..., Any], write_module: Callable[..., str]
+) -> tuple[dict[str, Any], Any]:
+    """A recipe with every kind of state, and the set of steps at which it crashes (once each)."""
+    parts = write_module(PARTS)
+    install(
+        "bank",
+        f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_losses():
+            yield Component("bank", "{parts}:Bank")
+        @hookimpl
+        def kd_augmentations():
+            yield Component("bank.noise", "{parts}:Noise")
+    """,
+    )
+    tiny["student"] = {"use": "module", "model": f"{write_module(NET)}:dropping"}
+    tiny["teacher"]["ema"] = {"use": "self", "decay": 0.9}
+    tiny["augmentation"] = [{"use": "bank.noise"}]
+    tiny["loss"] = [
+        {"use": "kd", "teacher": "main", "weight": {"start": 0.1, "end": 1.0}},
+        {"use": "kd", "teacher": "ema", "temperature": 1.0, "name": "mean-teacher"},
+        {"use": "bank", "weight": 0.1},
+    ]
+    tiny["train"] |= {
+        "epochs": 3,
+        "clip": 1.0,
+        "checkpoint_every": 3,
+        "schedule": {"warmup": 0.2},
+        "keep": "best",
+    }
+    return tiny, importlib.import_module(parts)
+
+
 class Ranks:
     """Recipes to run by several processes at once, in a folder; modules beside them can be imported."""
 

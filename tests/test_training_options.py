@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
 
 import kdcore
+from kdcore.building import Builder, assemble, make_student
 from kdcore.checkpoint import load_tensors
+from kdcore.data import Source
 from kdcore.errors import InputError
+from kdcore.recipe import parse
 from kdcore.report import read_metrics
 
 STUDENT = "stages/distill/student"
@@ -150,8 +148,11 @@ TOKENS = """
         lengths = torch.randint(1, 11, (40,), generator=rng)
         target = torch.roll(tokens, -1, 1)
         target[torch.arange(10)[None, :] >= lengths[:, None]] = -100
+        short = target.clone()
+        short[:, 3:] = -100
         cuts = ((0, 24), (24, 32), (32, 40))
-        sets = [TensorSet(torch.arange(a, b), input=tokens[a:b], target=target[a:b]) for a, b in cuts]
+        sets = [TensorSet(torch.arange(a, b), input=tokens[a:b], target=target[a:b], short=short[a:b])
+                for a, b in cuts]
         return Data(*sets, classes=12)
 
     class Net(nn.Module):
@@ -163,11 +164,6 @@ TOKENS = """
 
     def net(*, width: int = 8):
         return Net(width)
-
-    def spread(student_logits, *, scale: float = 1.0):
-        '''Couples the batch: the variance of the batch's mean logits.'''
-        return student_logits.var(0).sum() * scale
-    spread.couples_batch = True
 """
 
 
@@ -192,61 +188,100 @@ def test_token_means_do_not_depend_on_how_the_batch_is_cut(
     assert distance(whole, parts) < 1e-6
 
 
-def torchrun(recipe: Path, out: Path, ranks: int) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        "0",
-    ]
-    command += [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "-m",
-        "kdcore",
-        "run",
-        str(recipe),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent)}
-    return subprocess.run(
-        [*command, "--out", str(out), "--quiet"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+def test_a_view_of_the_target_is_what_is_counted(write_module: Callable[..., str], tmp_path: Path) -> None:
+    """The student sees another target: losses, counts and evaluation take that one, however the batch is cut."""
+    recipe = tokens_recipe(write_module(TOKENS))
+    recipe["student"]["view"] = {"target": "short"}
+    whole = kdcore.run(recipe, out=tmp_path / "whole")
+    parts = kdcore.run(recipe, overrides=["train.accumulate=3"], out=tmp_path / "parts")
+    assert distance(whole.folder, parts.folder) < 1e-6
+    assert whole.metrics == pytest.approx(parts.metrics, rel=1e-5)
+    for run in (whole, parts):
+        first = read_metrics(run.folder / STUDENT / "metrics.jsonl")[0]["task"]
+        assert first == pytest.approx(first_task_loss(recipe), rel=1e-5)
 
 
-@pytest.mark.parametrize("which", ["images", "tokens", "coupled"])
-def test_two_processes_give_the_result_of_one(
-    which: str,
-    sgd: dict[str, Any],
-    write_module: Callable[..., str],
-    install: Callable[..., Any],
-    tmp_path: Path,
+def first_task_loss(recipe: dict[str, Any]) -> float:
+    """The cross-entropy of the first batch over the positions of ``short``, by log_softmax in float64."""
+    checked = parse(recipe)
+    source, student = Source(checked.data, 0), make_student(checked, Builder(0))
+    rows = torch.tensor([key.index for key in source.order().keys(0)])
+    values = source.data.train.values
+    with torch.no_grad():
+        logp = student.model(values["input"][rows]).double().log_softmax(-1)
+    short = values["short"][rows]
+    return -float(logp.gather(-1, short.clamp(min=0)[..., None])[..., 0][short != -100].mean())
+
+
+BALANCE = """
+    from kdcore import Component, Router, hookimpl
+
+    class Balance(Router):
+        '''Even weights, and a term that couples the batch, or one that does not.'''
+        def __init__(self, *, coupled: bool = True):
+            super().__init__()
+            self.coupled = coupled
+        def forward(self, batch, student, teachers):
+            weights = student["logits"].new_ones(len(batch), len(teachers))
+            spread = student["logits"].square().mean(1)
+            return weights, {"balance": spread.mean() ** 2 if self.coupled else spread}
+"""
+MERGING = """
+    from kdcore import Loss
+
+    class Merging(Loss):
+        '''Adds up the terms' gradients itself.'''
+        def forward(self, student, teacher, batch):
+            return (student.logits - teacher.logits).square().sum(1)
+        def merge(self, gradients):
+            return [sum(g for g in each if g is not None) for each in zip(*gradients.values())]
+"""
+
+
+def installed(install: Callable[..., Any], write_module: Callable[..., str], kind: str, code: str) -> str:
+    """The one class in ``code`` as the component ``made``."""
+    module, name = write_module(code), code.partition("class ")[2].partition("(")[0]
+    declared = f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_{kind}():
+            yield Component("made", "{module}:{name}")
+    """
+    install("made", declared)
+    return "made"
+
+
+def test_a_routers_batch_wise_term_refuses_accumulation(
+    sgd: dict[str, Any], install: Callable[..., Any], write_module: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Equal global batch, two gloo ranks, unequal shares (the last batch has 4 of 32 samples, tokens are ragged)."""
-    module = write_module(TOKENS)
-    recipe = copy.deepcopy(sgd) if which != "tokens" else tokens_recipe(module)
-    if (
-        which == "coupled"
-    ):  # relations over the whole batch, and a memory bank that every rank must hold alike
-        reads = {"student": {"embedding": "hidden0"}, "teacher": {"embedding": "hidden0"}}
-        crd = {"use": "classics.crd", "negatives": 16, "dim": 8, "weight": 0.1, "reads": reads}
-        recipe["loss"] += [{"use": "classics.rkd", "reads": reads}, crd]
-        recipe["data"]["batch_size"] = 25
-    path = tmp_path / "recipe.toml"
-    path.write_text(tomli_w.dumps(recipe), "utf-8")
-    one = kdcore.run(path, out=tmp_path / "one").folder
-    done = torchrun(path, tmp_path / "two", 2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert distance(one, tmp_path / "two") < 2e-6
+    """Over micro-batches the square of a mean is not what it is over the batch; a mean of samples is."""
+    sgd["router"] = {"use": installed(install, write_module, "routers", BALANCE)}
+    kdcore.run(sgd, out=tmp_path / "alone")
+    with pytest.raises(InputError, match="'balance' is one value a batch"):
+        kdcore.run(sgd, overrides=["train.accumulate=2"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    sgd["router"]["coupled"] = False
+    whole = kdcore.run(sgd, out=tmp_path / "whole").folder
+    parts = kdcore.run(sgd, overrides=["train.accumulate=2"], out=tmp_path / "parts").folder
+    assert distance(whole, parts) < 1e-6
+
+
+def test_fp16_is_refused_where_a_component_merges_gradients(
+    tiny: dict[str, Any], install: Callable[..., Any], write_module: Callable[..., str]
+) -> None:
+    """fp16 scales the loss; what merges gradients would see them scaled. (Running fp16 takes a GPU.)"""
+    tiny["loss"].append({"use": installed(install, write_module, "losses", MERGING)})
+
+    def assembled(precision: str) -> Any:
+        recipe = parse({**tiny, "train": {**tiny["train"], "precision": precision}})
+        return assemble(recipe, Source(recipe.data, 0), Builder(0))
+
+    assert [slot.name for slot in assembled("bf16").losses] == ["kd", "made"]
+    with pytest.raises(InputError, match=r"loss\.made merges gradients that are not scaled") as caught:
+        assembled("fp16")
+    assert caught.value.place == "train.precision"
+    del tiny["loss"][1]
+    assert len(assembled("fp16").losses) == 1
 
 
 def test_accumulation_is_refused_where_the_loss_couples_the_batch(
@@ -256,26 +291,3 @@ def test_accumulation_is_refused_where_the_loss_couples_the_batch(
     tiny["loss"] = [{"use": "classics.rkd", "reads": reads}]
     with pytest.raises(InputError, match="relates the samples of a batch"):
         kdcore.run(tiny, overrides=["train.accumulate=2"], out=tmp_path / "run")
-
-
-def test_batch_norm_in_training_is_refused_with_several_processes(
-    tiny: dict[str, Any], tmp_path: Path
-) -> None:
-    tiny["data"]["args"]["flat"] = False
-    tiny["student"] = {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": 4}}
-    path = tmp_path / "recipe.toml"
-    path.write_text(tomli_w.dumps(tiny), "utf-8")
-    tiny["teacher"]["main"] = {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"norm": "group"}}
-    path.write_text(tomli_w.dumps(tiny), "utf-8")
-    done = torchrun(path, tmp_path / "two", 2)
-    assert done.returncode != 0
-    assert "batch statistics" in done.stderr
-    assert "group" in done.stderr  # the remedy
-
-
-def test_a_student_of_distillation_alone_has_a_baseline(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """``task.weight = 0`` is the method's; the student alone has no other term than the task's."""
-    tree = {**tiny, "task": {"weight": 0.0}, "report": {"baseline": True}}
-    weighed = kdcore.run(tree, out=tmp_path / "weighed").results["test"]["baseline"]
-    plain = kdcore.run({**tree, "task": {}}, out=tmp_path / "plain").results["test"]["baseline"]
-    assert weighed == plain
