@@ -15,6 +15,7 @@ from kdcore.types import Batch, Component, Data, Outputs, TopK, Unembed, convent
 
 if TYPE_CHECKING:  # the lazy names, as a type checker has them
     from kdcore.api import build as build
+    from kdcore.api import cache as cache
     from kdcore.api import check as check
     from kdcore.api import compare as compare
     from kdcore.api import export as export
@@ -35,6 +36,7 @@ _LAZY = {
     "run": "api",
     "check": "api",
     "build": "api",
+    "cache": "api",
     "export": "api",
     "compare": "api",
     "Augmentation": "kinds",

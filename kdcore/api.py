@@ -109,6 +109,34 @@ def build(kind: str, name: str, **params: Any) -> Any:
     return building.Builder(seed=0).make(kind, name, params, name)
 
 
+def cache(
+    where: RecipeLike,
+    *,
+    teacher: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+    quiet: bool = True,
+    plugins_only: bool = False,
+    **options: Any,
+) -> Any:
+    """Run a recipe's teacher once and keep what its losses read; see ``kdcore.caching``.
+
+    ``options``: ``codec``, ``k``, ``mass``, ``dtype``. Returns the ``kdcore.caching.Cache``; its folder is the
+    ``path`` of ``use = "cached"``. Goes on with what is there.
+    """
+    from kdcore.caching import Options, write
+
+    source = recipes.read(where, [*overrides, *([] if seed is None else [f"seed={seed}"])])
+    recipe = recipes.check(source)
+    with _located(source), folders.beside(source), graceful():
+        if plugins_only:
+            resolve.refuse_code(source.tree)
+        resolve.check_signatures(recipe)
+        folder = None if out is None else Path(out)
+        return write(recipe, folder, teacher, Options(**options), Progress(quiet))
+
+
 def compare(*args: Any, **kwargs: Any) -> Any:
     """Matched arms of a recipe over seeds; see ``kdcore.comparison.compare``."""
     from kdcore.comparison import compare as function
@@ -216,7 +244,7 @@ def _try(trial: StageRun) -> None:
             device_of(recipes.teacher_train(view, name))
     parts = building.assemble(view, trial.source, trial.builder())
     for name, table in view.teacher.items():
-        if table.train is not None and parts.teachers[name].trainee() is None:
+        if parts.teachers[name].live and table.train is not None and parts.teachers[name].trainee() is None:
             raise InputError(
                 f"teacher.{name}.train", f"a teacher of use = {table.use!r} cannot be trained here"
             )

@@ -25,7 +25,7 @@ from kdcore.taps import Taps
 from kdcore.task import Task, check_alignment
 from kdcore.types import Batch, Outputs
 
-__all__ = ["NATIVE", "Builder", "assemble", "make_student", "prepare", "schema", "trainable"]
+__all__ = ["NATIVE", "Builder", "assemble", "make_student", "prepare", "schema", "to_train", "trainable"]
 NATIVE = ("logits", "mask", "target", "unembed", "topk")
 
 
@@ -157,6 +157,12 @@ def _slot(recipe: Recipe, table: LossTable, place: str, parts: Parts, builder: B
         raise InputError(place, problem, given=given, hint=hint)
     name = _unique(table.name or table.use, {slot.name for slot in parts.losses})
     return Slot(name, loss, table.weight, teachers, _tuple(table.stream), table.reads)
+
+
+def to_train(recipe: Recipe) -> list[str]:
+    """The teachers that are trained before the student: a cached one keeps its ``train`` table and is not."""
+    asked = [(name, table) for name, table in recipe.teacher.items() if table.train is not None]
+    return [name for name, table in asked if getattr(schema("teacher", table.use)[0], "live", True)]
 
 
 def make_student(recipe: Recipe, builder: Builder) -> Student:

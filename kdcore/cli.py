@@ -102,6 +102,40 @@ def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **op
 
 
 @kd.command()
+@click.argument("recipe")
+@OVERRIDES
+@click.option("--teacher", metavar="NAME", help="Which teacher, where the recipe has several.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder; an interrupted cache goes on there (caches/NAME-TEACHER).",
+)
+@click.option("--codec", type=click.Choice(["full", "topk"]), default="full", show_default=True)
+@click.option(
+    "--k", type=click.IntRange(min=1), default=56, show_default=True, help="Entries a token of topk."
+)
+@click.option(
+    "--mass",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Only as many entries as hold this much.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Round to this what is not coded."
+)
+@click.option("--seed", type=int, help="Overrides the recipe's seed.")
+@click.option("--quiet", is_flag=True)
+@click.option("--plugins-only", is_flag=True, help="Refuse recipes that name code outside installed plugins.")
+def cache(recipe: str, overrides: tuple[str, ...], **options: Any) -> None:
+    """Run a teacher of RECIPE once and keep what its losses read, for use = "cached"."""
+    from kdcore import api
+
+    made = api.cache(recipe, overrides=overrides, **options)
+    click.echo(f"{made.folder}: {len(made)} rows, teacher {made.header['teacher']['weights']}")
+    name = options["teacher"] or made.header["teacher"]["name"]
+    click.echo(f"kd run {recipe} teacher.{name}.use=cached teacher.{name}.path={made.folder}")
+
+
+@kd.command()
 @click.argument("what", metavar="RUN")
 @click.option("--out", type=click.Path(path_type=Path))
 @click.option("--target", default="onnx", show_default=True, help="Exporter component.")

@@ -22,6 +22,7 @@ from kdcore.types import Batch, Outputs
 
 if TYPE_CHECKING:
     from kdcore.distill import Distiller
+    from kdcore.tables import Recipe
 
 
 class RunContext:
@@ -42,6 +43,7 @@ class RunContext:
         self.positions: dict[str, int] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.log: Callable[..., None] = lambda **values: None
+        self.recipe: Recipe | None = None  # as the stage lays it out; None outside a stage
         self.terms: dict[str, float] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunContext:

@@ -6,8 +6,10 @@ component may have any event of ``kdcore.hookspecs.RunEvents``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.errors import InputError
-from kdcore.types import CONVENTIONS, Batch, Outputs
+from kdcore.types import CONVENTIONS, Batch, Outputs, TopK
 
 if TYPE_CHECKING:
     from kdcore.context import RunContext
@@ -57,6 +59,8 @@ class Teacher(Kind):
     """
 
     saved: ClassVar[bool] = False
+    live: ClassVar[bool] = True
+    """Can be asked about any batch, so it is judged beside the student; one from a cache cannot."""
 
     @property
     def model(self) -> nn.Module:
@@ -107,6 +111,19 @@ class Student(Kind):
     ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
         """Shapes of the graph's inputs, with names for the axes that may vary, and each such axis's range."""
         return {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}, {"batch": (1, 64)}
+
+    def host(self, batch: Batch) -> tuple[str, dict[str, Any]] | None:
+        """Work around the graph (voxels, box decoding) that ships as Python: the file's text, and what its
+        ``preprocess`` is given of a batch, by name (arrays, or lists of arrays), in place of the data's own
+        preprocessing. None: the graph is all.
+
+        With ``postprocess``, ``deploy``'s module gives what that takes, and ``graph`` says what it must be.
+        """
+        return None
+
+    def graph(self, outputs: Outputs) -> dict[str, Tensor]:
+        """What the exported graph returns of these outputs: the inference rule, unless host code ends it."""
+        return self.infer(outputs)
 
     def deploy(self) -> nn.Module:
         """The module to ship: forward, then ``infer``, with nothing that only training needed."""
@@ -167,6 +184,8 @@ class Loss(Kind):
     couples_batch: bool = False
     mean_over_classes: bool = False
     """Divided by the number of classes; the default is the sum over classes."""
+    topk: bool = False
+    """Takes ``Outputs.topk`` where a teacher gives that instead of logits."""
     joint: ClassVar[bool] = False
     """Called once with all teachers' outputs by name, instead of once a teacher."""
     all_streams: bool = False
@@ -195,10 +214,27 @@ class FunctionLoss(Loss):
         pairs = (name.partition("_") for name in self.tensors)
         return tuple(f"{side}.{rest}" for side, _, rest in pairs if side in ("student", "teacher") and rest)
 
+    @property
+    def temperature(self) -> float | None:
+        """The temperature that the function will be called with; None where it has none."""
+        known = inspect.signature(self.function).parameters.get("temperature")
+        return None if known is None else float(self.params.get("temperature", known.default))
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+        if teacher is not None and teacher.topk is not None and teacher.logits is None and self.topk:
+            return self._from_topk(student, teacher.topk, batch)
         if student.logits is None and student.unembed is not None and "student_logits" in self.tensors:
             return self._chunked(student, teacher, batch)
         return self.function(*(_bound(name, student, teacher, batch) for name in self.tensors), **self.params)
+
+    def _from_topk(self, student: Outputs, topk: TopK, batch: Batch) -> Tensor:
+        """The same divergence where the teacher is known by its top k, taken at this loss's temperature."""
+        from kdcore.functional import from_topk
+
+        known = self.temperature
+        options = self.params if known is None else {**self.params, "temperature": known}
+        function: Any = partial(self.function, **options)
+        return from_topk(function, student, topk, temperature=known or 1.0)
 
     def _chunked(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The same function on hidden states and output layers, without ever holding all logits."""
@@ -289,7 +325,9 @@ class ExportRequest:
 
     ``samples`` are real held-out samples as the graph takes them, ``raw_samples`` the same as a receiver has
     them; ``rule`` is what the student's own inference says of them, ``metric(outputs, targets)`` judges it.
-    ``absent`` are beginnings of parameter names that must not be in the graph.
+    ``absent`` are beginnings of parameter names that must not be in the graph. ``host`` is the text of Python
+    that ships around the graph; ``rule`` is then what the graph gives, and ``reference_metric`` the metric of the
+    student's own inference.
     """
 
     name: str
@@ -308,6 +346,8 @@ class ExportRequest:
     higher_is_better: bool = True
     absent: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    host: str | None = None
+    reference_metric: float | None = None
 
 
 class Exporter:

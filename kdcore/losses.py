@@ -14,7 +14,7 @@ from kdcore.types import Batch, Outputs, conventions
 Temperature = Annotated[float, Field(gt=0)]
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 4.0) -> Tensor:
     """T^2 KL(softmax(t/T) || softmax(s/T)), summed over the last axis (Hinton et al. 2015, section 2).
 

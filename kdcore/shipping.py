@@ -143,7 +143,8 @@ def _teachers(run: StageRun) -> dict[str, nn.Module]:
         trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
         if trained.exists():
             teacher.load_state_dict(load_tensors(trained, name))
-        models[name] = teacher.to(run.device).eval()
+        if teacher.live:
+            models[name] = teacher.to(run.device).eval()
     return models
 
 
@@ -158,13 +159,19 @@ def request_of(folder: Path) -> ExportRequest:
     view = run.recipe.student.view
     held.update({key: held[name] for key, name in view.items()})
     outputs = student(held)
-    rule = {name: value.numpy() for name, value in student.infer(outputs).items()}
+    rule = {name: value.numpy() for name, value in student.graph(outputs).items()}
     inputs = student.inputs(held)
     shapes, axes = student.shapes(inputs)
     calibration = _first(source.loader("train"), SAMPLES // 2)
     calibration.update({key: calibration[name] for key, name in view.items()})
     target = outputs.target if outputs.target is not None else held.get("target")
     raw = source.data.raw(held["id"].tolist()) if source.data.raw else None
+    host = student.host(held)
+    metric = _metric(task, judged) if judged and target is not None else None
+    reference = None
+    if host is not None:
+        raw = host[1]
+        reference = metric(student.infer(outputs), target.numpy()) if metric and target is not None else None
     return ExportRequest(
         name=run.recipe.name.replace(" ", "-"),
         module=student.deploy().eval(),
@@ -174,14 +181,16 @@ def request_of(folder: Path) -> ExportRequest:
         rule=rule,
         calibration={name: value.numpy() for name, value in student.inputs(calibration).items()},
         raw_samples=dict(raw) if raw is not None else None,
-        preprocessing=source.data.preprocessing,
+        preprocessing=source.data.preprocessing if host is None else (),
         labels=source.data.labels,
         targets=None if target is None else target.numpy(),
-        metric=_metric(task, judged) if judged and target is not None else None,
+        metric=metric,
         metric_name=judged,
         higher_is_better=bool(judged) and higher_is_better(judged),
         absent=tuple(f"{prefix}" for name in student.training_only for prefix in (name, f"student.{name}")),
         provenance=_provenance(folder, run, source.data.licence),
+        host=host and host[0],
+        reference_metric=reference,
     )
 
 

@@ -92,7 +92,7 @@ class StageRun:
         distiller = Distiller(parts)
         distiller.accumulate = table.accumulate
         run = RunContext(distiller, self.source, seed=self.seed, folder=self.folder, artefacts=self.artefacts)
-        run.device = self.device
+        run.device, run.recipe = self.device, self.recipe
         build.prepare(parts, self.source, run, distiller, sharded)
         return distiller, run
 
@@ -183,11 +183,7 @@ class Distill(Stage):
         results: dict[str, Any] = {"teachers": {}}
         models: dict[str, Any] = {}
         builder = run.builder()
-        weights = {
-            n: self._teacher(run, n, results, models)
-            for n, t in recipe.teacher.items()
-            if t.train is not None
-        }
+        weights = {n: self._teacher(run, n, results, models) for n in build.to_train(recipe)}
         if recipe.report.baseline:
             alone = build.assemble(recipe, run.source, run.builder(), with_losses=False)
             results["baseline"] = run.fit(alone, "baseline")
@@ -196,7 +192,7 @@ class Distill(Stage):
         for name, path in weights.items():
             parts.teachers[name].load_state_dict(load_tensors(path, f"teacher.{name}"))
         for name, teacher in parts.teachers.items():
-            if name not in models and not teacher.saved:
+            if name not in models and not teacher.saved and teacher.live:
                 models[name] = teacher
         results["student"] = run.fit(parts, "student")
         models["student"] = parts.student

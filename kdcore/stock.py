@@ -14,6 +14,7 @@ def kd_teachers() -> Iterator[Component]:
     yield Component(
         "self", "kdcore.models:SelfTeacher", "the student itself: its initial, EMA or current weights"
     )
+    yield Component("cached", "kdcore.caching.teacher:CachedTeacher", "what kd cache kept of another teacher")
 
 
 @hookimpl

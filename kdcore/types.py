@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("teacher", "student", "router", "loss", "augmentation", "stage", "probe", "exporter")
-CONVENTIONS = ("hard_term", "t_squared", "zero_at_teacher", "couples_batch", "mean_over_classes")
+CONVENTIONS = ("hard_term", "t_squared", "zero_at_teacher", "couples_batch", "mean_over_classes", "topk")
 _NAME = re.compile(r"[a-z][a-z0-9-]*(\.[a-z][a-z0-9_-]*)?")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,13 +50,15 @@ def conventions(
     zero_at_teacher: bool = False,
     couples_batch: bool = False,
     mean_over_classes: bool = False,
+    topk: bool = False,
 ) -> Callable[[F], F]:
     """Declare where a loss function differs from the defaults (DESIGN section 5); read by the core.
 
     ``hard_term``: the labels' term is inside, so the core drops its own. ``t_squared``: scaled by the
     square of its temperature, if it has one. ``zero_at_teacher``: 0 where student equals teacher.
     ``couples_batch``: a sample's term depends on the other samples of the batch. ``mean_over_classes``:
-    divided by the number of classes, where the default is their sum.
+    divided by the number of classes, where the default is their sum. ``topk``: a divergence that the core
+    may compute from a teacher's top k (``Outputs.topk``) instead of its logits.
     """
 
     def mark(function: F) -> F:
@@ -70,6 +72,7 @@ def conventions(
         "zero_at_teacher": zero_at_teacher,
         "couples_batch": couples_batch,
         "mean_over_classes": mean_over_classes,
+        "topk": topk,
     }
     return mark
 
@@ -247,7 +250,8 @@ class Data:
     ``numpy.random.Generator`` keyed by (run seed, epoch, id, stream).
     ``preprocessing`` (a list of named steps), ``labels`` and ``licence`` travel with the exported student;
     where there are steps, ``raw(ids)`` gives the model's inputs by name as a receiver has them before the
-    steps, so that an export can try them.
+    steps, so that an export can try them. ``tokenizer`` is what made ids of text, as text itself (a
+    tokenizer's JSON): a cache of teacher signals refuses another one.
     """
 
     train: Any  # Dataset | Mapping[str, Dataset]
@@ -260,3 +264,4 @@ class Data:
     raw: Callable[[Sequence[int]], Mapping[str, Any]] | None = None
     description: str = ""
     licence: str = ""
+    tokenizer: str | None = None

@@ -16,6 +16,7 @@ import torch
 
 from kdcore import api
 from kdcore import recipe as recipes
+from kdcore.building import to_train
 from kdcore.checkpoint import replacing
 from kdcore.data import _load
 from kdcore.errors import RunError
@@ -127,9 +128,8 @@ class _Teachers(Distill):
 
     def run(self, run: StageRun) -> dict[str, Any]:
         results: dict[str, Any] = {"teachers": {}}
-        for name, table in run.recipe.teacher.items():
-            if table.train is not None:
-                self._teacher(run, name, results, {})
+        for name in to_train(run.recipe):
+            self._teacher(run, name, results, {})
         return results
 
 

@@ -20,3 +20,5 @@ from .rows import Unembed as Unembed
 from .rows import align_vocabularies as align_vocabularies
 from .rows import at_least_float32 as at_least_float32
 from .rows import masked_mean as masked_mean
+from .topk import from_topk as from_topk
+from .topk import topk_rows as topk_rows

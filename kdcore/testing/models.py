@@ -65,7 +65,7 @@ def deploy(s: Subject) -> None:
             got = module(*(v.clone() for v in student.inputs(part).values()))
         if not isinstance(got, dict) or got.keys() != wanted.keys():
             named = sorted(got) if isinstance(got, dict) else type(got).__name__
-            raise Failed(f"deploy() gives {named}, infer {sorted(wanted)}")
+            raise Failed(f"deploy() gives {named}, graph() {sorted(wanted)}")
         if names := differing(got, wanted):
             raise Failed(
                 f"deploy() and forward-then-infer differ in {', '.join(names)}, batch of {len(part)}"
@@ -98,7 +98,8 @@ def exports(s: Subject) -> None:
     shapes, axes = student.shapes(inputs)
     rule = {name: value.detach().numpy() for name, value in _inferred(student, batch).items()}
     samples = {name: value.numpy() for name, value in inputs.items()}
-    request = ExportRequest("student", module, shapes, axes, samples, rule)
+    host, raw = student.host(batch) or (None, None)
+    request = ExportRequest("student", module, shapes, axes, samples, rule, host=host, raw_samples=raw)
     exporter = Builder(0).make("exporter", "onnx", {"benchmark": "none"}, "export")
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -147,7 +148,7 @@ def _stirred(s: Subject) -> Any:
 
 def _inferred(student: Any, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
-        found = student.infer(student(copied(batch)))
+        found = student.graph(student(copied(batch)))
     return {name: value.clone() for name, value in found.items()}
 
 

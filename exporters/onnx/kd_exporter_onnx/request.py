@@ -1,5 +1,6 @@
 """From a kdcore run: the request that the core makes of a student, as this exporter's ExportSpec."""
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,12 @@ class RecipeExporter(OnnxExporter):
     def export_request(self, request: "ExportRequest", out: Path) -> dict[str, Any]:
         """The artefact at `out`; rows for the run's report. Raises KDError, and leaves nothing, on refusal."""
         try:
-            report = self.export(request.module, spec_of(request), out)
+            with tempfile.TemporaryDirectory() as scratch:
+                host = None
+                if request.host is not None:
+                    host = Path(scratch) / "host.py"
+                    host.write_text(request.host, "utf-8")
+                report = self.export(request.module, spec_of(request, host), out)
         except FileExistsError as error:
             raise InputError("export.out", str(error)) from error
         except SpecError as error:
@@ -43,8 +49,11 @@ class RecipeExporter(OnnxExporter):
             raise InputError(str(artefact), str(error), hint="kd export RUN writes one") from error
 
 
-def spec_of(request: "ExportRequest") -> ExportSpec:
-    """The ExportSpec of a request. Preprocessing without raw samples cannot be tried, and so is refused."""
+def spec_of(request: "ExportRequest", host: Path | None = None) -> ExportSpec:
+    """The ExportSpec of a request, whose host code is in the file ``host``.
+
+    Preprocessing without raw samples cannot be tried, and so is refused.
+    """
     if request.preprocessing and request.raw_samples is None:
         raise InputError(
             "data.source",
@@ -60,7 +69,7 @@ def spec_of(request: "ExportRequest") -> ExportSpec:
         outputs=tuple(request.rule),
         axes={name: Axis(min=low, max=high) for name, (low, high) in request.axes.items()},
         samples=request.samples,
-        raw_samples=request.raw_samples if request.preprocessing else None,
+        raw_samples=request.raw_samples if request.preprocessing or host else None,
         calibration=request.calibration or None,
         metric=request.metric,
         metric_name=request.metric_name or "metric",
@@ -71,4 +80,6 @@ def spec_of(request: "ExportRequest") -> ExportSpec:
         source=request.provenance,
         absent=request.absent,
         rule=request.rule,
+        host=host,
+        reference_metric=request.reference_metric,
     )

@@ -18,31 +18,31 @@ Temperature = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(gt=0, lt=1)]
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """sum p log(p / q): large where the student misses mass of the teacher."""
     return functional.forward_kl(student_logits, teacher_logits, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """sum q log(q / p): large where the student puts mass that the teacher does not (MiniLLM's divergence)."""
     return functional.reverse_kl(student_logits, teacher_logits, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """KL(p || q) + KL(q || p)."""
     return functional.jeffreys(student_logits, teacher_logits, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def js(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; at most ln 2 before the temperature's factor."""
     return functional.js(student_logits, teacher_logits, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def generalized_js(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: Weight = 0.5, temperature: Temperature = 1.0
 ) -> Tensor:
@@ -50,7 +50,7 @@ def generalized_js(
     return functional.generalized_js(student_logits, teacher_logits, beta=beta, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def skew_forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: Weight = 0.1, temperature: Temperature = 1.0
 ) -> Tensor:
@@ -58,7 +58,7 @@ def skew_forward_kl(
     return functional.skew_forward_kl(student_logits, teacher_logits, alpha=alpha, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: Weight = 0.1, temperature: Temperature = 1.0
 ) -> Tensor:
@@ -66,7 +66,7 @@ def skew_reverse_kl(
     return functional.skew_reverse_kl(student_logits, teacher_logits, alpha=alpha, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def total_variation(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0
 ) -> Tensor:
@@ -82,13 +82,13 @@ def adaptive_kl(
     return functional.adaptive_kl(student_logits, teacher_logits, mu=mu, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def hellinger(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """sum (sqrt p - sqrt q)^2 / 2."""
     return functional.hellinger(student_logits, teacher_logits, temperature=temperature)
 
 
-@conventions(zero_at_teacher=True)
+@conventions(zero_at_teacher=True, topk=True)
 def alpha_divergence(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: Weight = 0.5, temperature: Temperature = 1.0
 ) -> Tensor:

@@ -59,6 +59,7 @@ def text(
         classes=coder.get_vocab_size(),
         description=f"{origin}: {len(documents)} documents, {len(sets[0])} training blocks of {block} tokens",
         licence="" if folder else "PSF-2.0",
+        tokenizer=coder.to_str(),
     )
 
 

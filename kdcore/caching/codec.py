@@ -1,0 +1,197 @@
+"""Codecs: how a row of logits is kept. ``full`` keeps the bits; ``topk`` the largest entries in few bits.
+
+A token of ``topk`` is one string of bits, all tokens of one count equally long: the ids in rising order
+(Elias-Fano: the low bits of each, the high parts in unary), a coarse code of each log-probability, finer bits for
+the ``HEAD`` largest, and the log-probability of the rest. A code is the square root of -log p on an even grid up
+to ``RANGE``: fine where probabilities are large.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from kdcore.errors import InputError
+from kdcore.types import TopK
+
+RANGE = 16.0  # nats: what is less likely than exp(-16) is kept as that
+COARSE, FINE, HEAD, REST = 6, 6, 16, 16  # bits of a code, more bits for the HEAD largest, bits of the rest
+CHUNK = 2**26  # logits at a time
+
+
+@dataclass(frozen=True)
+class TopKCodec:
+    """The top ``k`` of softmax(logits / temperature) over ``classes``; with ``mass`` only as many as hold that much.
+
+    With ``mass`` a token keeps k, k/2, k/4, ... or 1 entries: the fewest that reach it, so that tokens of one
+    count are coded together.
+    """
+
+    classes: int
+    k: int = 56
+    mass: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k < self.classes:
+            hint = "--codec full" if self.classes <= 64 else None
+            allowed = f"1 to {self.classes - 1}, one less than the classes"
+            raise InputError("k", "does not leave a rest", given=self.k, allowed=allowed, hint=hint)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The numbers of entries that a token may have, falling."""
+        found = [self.k]
+        while self.mass is not None and found[-1] > 1:
+            found.append(-(-found[-1] // 2))
+        return found
+
+    def width(self, count: int) -> int:
+        """Bytes of a token with so many entries."""
+        low = self._low(count)
+        ids = count * (low + 1) + ((self.classes - 1) >> low)
+        return -(-(ids + count * COARSE + min(count, HEAD) * FINE + REST) // 8)
+
+    def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, V] logits as bytes, one token after the other, and each token's place in ``counts`` [N], uint8."""
+        parts = [self._encoded(part) for part in logits.split(max(CHUNK // self.classes, 1))]
+        data, sizes = zip(*parts, strict=True) if parts else ((), ())
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        return torch.cat([nothing, *data]), torch.cat([nothing, *sizes])
+
+    def _encoded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        top, ids, rest = self._top(logits)
+        sizes = self._sizes(top)
+        start, total = self._places(sizes)
+        data = torch.zeros(total, dtype=torch.uint8)
+        for kind, count in enumerate(self.counts):
+            rows = (sizes == kind).nonzero().flatten()
+            if not len(rows):
+                continue
+            here = rows.to(top.device)
+            left_out = top[here, count:].logsumexp(-1)  # joins the rest; -inf where there is none
+            coded = self._encode(ids[here, :count], top[here, :count], torch.logaddexp(rest[here], left_out))
+            data[start[rows].unsqueeze(1) + torch.arange(self.width(count))] = coded.cpu()
+        return data, sizes
+
+    def _places(self, sizes: Tensor) -> tuple[Tensor, int]:
+        """Where each token's bytes start, and how many there are in all."""
+        widths = torch.tensor([self.width(count) for count in self.counts], device=sizes.device)[sizes.long()]
+        return widths.cumsum(0) - widths, int(widths.sum())
+
+    def decode(self, data: Tensor, sizes: Tensor) -> TopK:
+        """What ``encode`` was given, [N, k]: an absent entry is -inf and repeats the id of the token's first one."""
+        start, _ = self._places(sizes)
+        ids = torch.zeros(len(sizes), self.k, dtype=torch.int64, device=data.device)
+        logp = torch.full((len(sizes), self.k), -math.inf, device=data.device)
+        rest = torch.zeros(len(sizes), device=data.device)
+        for kind, count in enumerate(self.counts):
+            rows = (sizes == kind).nonzero().flatten() if len(self.counts) > 1 else slice(None)
+            first = start[rows]
+            if not len(first):
+                continue
+            strings = data[first.unsqueeze(1) + torch.arange(self.width(count), device=data.device)]
+            some, logp[rows, :count], rest[rows] = self._decode(strings, count)
+            ids[rows] = some[:, :1]
+            ids[rows, :count] = some
+        return TopK(ids, logp, rest)
+
+    def _top(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and ids of the top k, falling, and the log-probability of all others."""
+        z = logits.float() / self.temperature
+        top = z.topk(self.k, -1)
+        others = z.scatter(-1, top.indices, -math.inf).logsumexp(-1)
+        whole = torch.logaddexp(top.values.logsumexp(-1), others)
+        return top.values - whole.unsqueeze(-1), top.indices, others - whole
+
+    def _sizes(self, top: Tensor) -> Tensor:
+        """The place in ``counts`` of the fewest entries that hold ``mass``."""
+        if self.mass is None:
+            return torch.zeros(len(top), dtype=torch.uint8)
+        held = top.double().exp().cumsum(-1)
+        reached = torch.stack([held[:, count - 1] >= self.mass for count in self.counts[1:]], -1)
+        return reached.cpu().cumprod(-1).sum(-1).to(torch.uint8)
+
+    def _low(self, count: int) -> int:
+        return max((self.classes // count).bit_length() - 1, 0)
+
+    def _encode(self, ids: Tensor, logp: Tensor, rest: Tensor) -> Tensor:
+        count, low = ids.shape[1], self._low(ids.shape[1])
+        ids, order = ids.sort(-1)
+        unit = _unit(logp.gather(-1, order))
+        high = (ids >> low) + torch.arange(count, device=ids.device)
+        unary = torch.zeros(
+            len(ids), count + ((self.classes - 1) >> low), dtype=torch.uint8, device=ids.device
+        )
+        unary.scatter_(-1, high, 1)
+        steps = 2**COARSE - 1
+        coarse = (unit * steps).round().long()
+        within = ((unit * steps - coarse + 0.5) * 2**FINE).long().clamp(0, 2**FINE - 1)
+        fine = within.gather(-1, _head(coarse))
+        last = (_unit(rest) * (2**REST - 1)).round().long().unsqueeze(-1)
+        parts = ((ids, low), (coarse, COARSE), (fine, FINE), (last, REST))
+        return packed(torch.cat([unary, *(_bits(*part) for part in parts)], -1))
+
+    def _decode(self, strings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        low, head, steps = self._low(count), min(count, HEAD), 2**COARSE - 1
+        bits = unpacked(strings)
+        lengths = [count + ((self.classes - 1) >> low), count * low, count * COARSE, head * FINE, REST]
+        unary, ids, coarse, fine, last = bits[:, : sum(lengths)].split(lengths, -1)
+        high = unary.nonzero()[:, 1].view(-1, count) - torch.arange(count, device=bits.device)
+        code = _integers(coarse, COARSE)
+        unit = code / steps
+        within = (_integers(fine, FINE) + 0.5) / 2**FINE - 0.5
+        place = _head(code)
+        unit = unit.scatter(-1, place, ((code.gather(-1, place) + within) / steps).clamp(0, 1))
+        rest = _integers(last, REST).squeeze(-1) / (2**REST - 1)
+        return (high << low) | _integers(ids, low), -RANGE * unit**2, -RANGE * rest**2
+
+
+def log_error(logp: float, *, head: bool) -> float:
+    """The most by which a kept log-probability >= -RANGE may be wrong, before all are scaled to sum to one."""
+    half = 0.5 / ((2.0**COARSE - 1) * (2.0**FINE if head else 1))
+    unit = math.sqrt(-logp / RANGE)
+    return RANGE * half * (2 * unit + half)
+
+
+def _unit(logp: Tensor) -> Tensor:
+    return (-logp.float()).clamp(0, RANGE).div(RANGE).sqrt()
+
+
+def _head(coarse: Tensor) -> Tensor:
+    """The places of the HEAD likeliest by their coarse codes, the first of equals; both sides find the same."""
+    return coarse.sort(dim=-1, stable=True).indices[:, :HEAD]
+
+
+@lru_cache
+def _shifts(width: int, device: torch.device) -> Tensor:
+    return torch.arange(width - 1, -1, -1, device=device)
+
+
+def _bits(values: Tensor, width: int) -> Tensor:
+    return ((values.unsqueeze(-1) >> _shifts(width, values.device)) & 1).to(torch.uint8).flatten(1)
+
+
+def _integers(bits: Tensor, width: int) -> Tensor:
+    if not width:
+        return bits.new_zeros(len(bits), 1, dtype=torch.int64)
+    powers = torch.exp2(_shifts(width, bits.device).float())
+    return (bits.reshape(-1, width).float() @ powers).long().view(len(bits), -1)  # below 2^24: exact
+
+
+def packed(bits: Tensor) -> Tensor:
+    """Bits [N, n], uint8, as bytes [N, n / 8], filled up with zeros."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
+    powers = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    data: Tensor = (bits.unflatten(-1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
+    return data
+
+
+def unpacked(strings: Tensor) -> Tensor:
+    return (
+        (strings.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8, device=strings.device)) & 1
+    ).flatten(1)

@@ -1,0 +1,89 @@
+"""A student with work around its graph: the core hands the Python over, and the exporter proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kdcore
+from kdcore.errors import KDError
+from kdcore.shipping import load_student, request_of
+
+HOSTED = """
+    from torch import nn
+    from kdcore.models import ModuleStudent
+
+    HOST = (
+        "def preprocess(inputs):\\n    return {'halved': inputs['pixels'] / 32}\\n"
+        "def postprocess(outputs):\\n    return {'logits': outputs['raw'] * SIGN}\\n"
+    )
+
+    class Core(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+        def forward(self, halved):
+            return {"raw": -self.module(2 * halved)}
+
+    class Hosted(ModuleStudent):
+        sign = "-1"
+        def inputs(self, batch):
+            return {"halved": batch["input"] / 2}
+        def graph(self, outputs):
+            return {"raw": -outputs.logits}
+        def host(self, batch):
+            return HOST.replace("SIGN", self.sign), {"pixels": (batch["input"] * 16).numpy()}
+        def deploy(self):
+            return Core(self.module)
+
+    class Wrong(Hosted):
+        sign = "1"  # decodes to the least likely class
+"""
+
+
+@pytest.fixture
+def hosted(install: Callable[..., Any], write_module: Callable[..., str], tiny: dict[str, Any]) -> Any:
+    """A tiny recipe whose student divides before its graph and turns the sign back after it."""
+    module = write_module(HOSTED)
+    install(
+        "hosted",
+        f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_students():
+            yield Component("hosted", "{module}:Hosted")
+            yield Component("hosted.wrong", "{module}:Wrong")
+    """,
+    )
+
+    def recipe(use: str) -> dict[str, Any]:
+        tiny["student"]["use"] = use
+        return tiny
+
+    return recipe
+
+
+def test_host_code_ships_and_is_inside_the_metrics_gate(hosted: Any, tmp_path: Path) -> None:
+    from kd_exporter_onnx import load
+
+    kdcore.run(hosted("hosted"), out=tmp_path / "run")
+    rows = kdcore.export(tmp_path / "run", params={"benchmark": "none"})
+    session = load(rows["artefact"], host_code=True)
+    request = request_of(tmp_path / "run")
+    served = session({"pixels": request.raw_samples["pixels"][:5]})["logits"]  # type: ignore[index]
+    student, run = load_student(tmp_path / "run")
+    batch = next(iter(run.source.loader("val"))).rows(torch.arange(5))
+    expected = student.infer(student(batch))["logits"].detach().numpy()
+    np.testing.assert_allclose(served, expected, atol=1e-5)
+
+
+def test_host_code_that_decodes_otherwise_than_the_student_is_refused(hosted: Any, tmp_path: Path) -> None:
+    kdcore.run(hosted("hosted.wrong"), out=tmp_path / "run")
+    with pytest.raises(KDError, match="as served"):
+        kdcore.export(tmp_path / "run", params={"benchmark": "none"})
+    assert not (tmp_path / "run" / "artefact").exists()
