@@ -115,6 +115,7 @@ class StageRun:
             _refuse_batch_statistics(student)
         distiller, _ = self.context(parts, table)
         distiller.guards.enabled = self.recipe.report.guards
+        distiller.guards.warnings += _untrained(self.recipe, parts)
         folder.mkdir(parents=True, exist_ok=True)
         if table.compile:
             for model in [student.model, *(t.model for t in parts.teachers.values())]:
@@ -237,6 +238,15 @@ class Distill(Stage):
             if name in models and task.table.use == "classification":
                 found["student"][f"agreement_{name}"] = agreement(run, parts, name)
         return found
+
+
+def _untrained(recipe: Recipe, parts: Parts) -> list[str]:
+    """A warning for each teacher of which nothing says where its weights come from."""
+    return [
+        f"teacher.{name} has neither checkpoint nor train: unless its callable loads weights, they are random."
+        for name, teacher in parts.teachers.items()
+        if recipe.teacher[name].train is None and not getattr(teacher, "has_weights", True)
+    ]
 
 
 class _Viewed:

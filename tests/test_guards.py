@@ -83,3 +83,11 @@ def test_the_teacher_of_a_run_stays_in_eval_mode(tiny: dict[str, Any], tmp_path:
     guards = run.results["student"]["guards"]
     assert {r["term"] for r in guards["terms"]} == {"kd", "task"}
     assert sum(r["share"] for r in guards["terms"]) == pytest.approx(1.0)
+
+
+def test_a_teacher_whose_weights_come_from_nowhere_is_a_warning(tiny: dict[str, Any], tmp_path: Any) -> None:
+    trained = kdcore.run(tiny, out=tmp_path / "trained")
+    assert "neither checkpoint nor train" not in (trained.folder / "report.md").read_text("utf-8")
+    del tiny["teacher"]["main"]["train"]
+    random = kdcore.run(tiny, out=tmp_path / "random")
+    assert "teacher.main has neither checkpoint nor train" in (random.folder / "report.md").read_text("utf-8")
