@@ -20,7 +20,7 @@ HOSTED = """
 
     HOST = (
         "def preprocess(inputs):\\n    return {'halved': inputs['pixels'] / 32}\\n"
-        "def postprocess(outputs):\\n    return {'logits': outputs['raw'] * SIGN}\\n"
+        "def postprocess(outputs):\\n    return {'logits': outputs['raw'][:, 1:] * SIGN}\\n"
     )
 
     class Core(nn.Module):
@@ -28,14 +28,17 @@ HOSTED = """
             super().__init__()
             self.module = module
         def forward(self, halved):
-            return {"raw": -self.module(2 * halved)}
+            return {"raw": widened(-self.module(2 * halved))}
+
+    def widened(raw):  # a column that the data's labels know nothing of
+        return nn.functional.pad(raw, (1, 0))
 
     class Hosted(ModuleStudent):
         sign = "-1"
         def inputs(self, batch):
             return {"halved": batch["input"] / 2}
         def graph(self, outputs):
-            return {"raw": -outputs.logits}
+            return {"raw": widened(-outputs.logits)}
         def host(self, batch):
             return HOST.replace("SIGN", self.sign), {"pixels": (batch["input"] * 16).numpy()}
         def deploy(self):
@@ -87,3 +90,14 @@ def test_host_code_that_decodes_otherwise_than_the_student_is_refused(hosted: An
     with pytest.raises(KDError, match="as served"):
         kdcore.export(tmp_path / "run", params={"benchmark": "none"})
     assert not (tmp_path / "run" / "artefact").exists()
+
+
+def test_objects_are_not_pickled_into_a_case(tmp_path: Path) -> None:
+    from kd_exporter_onnx.replay import restore, save
+
+    with pytest.raises(ValueError, match="holds Python objects"):
+        save(tmp_path / "case.npz", {"x": [np.array([object()])]})
+    save(tmp_path / "case.npz", {"x": np.arange(3), "y": [np.zeros(2), np.zeros(3)]})
+    found = restore(tmp_path / "case.npz")
+    assert found.keys() == {"x", "y"}  # and nothing that numpy took for an array
+    assert [len(each) for each in found["y"]] == [2, 3]

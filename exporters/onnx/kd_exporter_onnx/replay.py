@@ -47,7 +47,9 @@ def save(path: Path, arrays: Arrays) -> None:
             flat |= {f"{name}#{index:06d}": np.asarray(item) for index, item in enumerate(value)}
         else:
             flat[name] = np.asarray(value)
-    np.savez(path, allow_pickle=False, **flat)
+    if pickled := [name for name, value in flat.items() if value.dtype.hasobject]:
+        raise ValueError(f"{pickled[0]} holds Python objects")
+    np.savez(path, **flat)  # before numpy 2.1, allow_pickle=False would be taken for an array
 
 
 def restore(path: Path) -> Arrays:
