@@ -16,21 +16,27 @@ Array = Any
 
 def preprocess(inputs: dict[str, Any]) -> dict[str, Array]:
     """``points``: a list of [N, C] clouds; or ``img`` [B, 3, H, W] of 0 to 255 with ``lidar2img`` [B, 4, 4]."""
-    if "points" in SETTINGS:
-        made = [voxels(np.asarray(cloud, np.float32), **SETTINGS["points"]) for cloud in inputs["points"]]
-        return {name: np.stack([each[name] for each in made]) for name in made[0]}
-    return projected(inputs["img"], inputs["lidar2img"], **SETTINGS["image"])
+    return before(inputs, SETTINGS)
 
 
 def postprocess(outputs: dict[str, Array]) -> dict[str, Array]:
     """``boxes`` [B, most, 9]: x, y, z of the bottom, sizes, yaw, score, label; best first, label -1 for none."""
+    return after(outputs, SETTINGS)
+
+
+def before(inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Array]:
+    if "image" in settings:
+        return projected(inputs["img"], inputs["lidar2img"], **settings["image"])
+    made = [voxels(np.asarray(cloud, np.float32), **settings["points"]) for cloud in inputs["points"]]
+    return {name: np.stack([each[name] for each in made]) for name in made[0]}
+
+
+def after(outputs: dict[str, Array], settings: dict[str, Any]) -> dict[str, Array]:
     maps = [np.asarray(outputs[f"head_{i}"], np.float32) for i in range(len(outputs))]
-    scenes = [[each[row] for each in maps] for row in range(len(maps[0]))]
-    found = [
-        centres(s, **SETTINGS["centre"]) if "centre" in SETTINGS else anchored(s, **SETTINGS["anchors"])
-        for s in scenes
-    ]
-    return {"boxes": np.stack([padded(rows, SETTINGS["most"]) for rows in found])}
+    kind = "centre" if "centre" in settings else "anchors"
+    decode = centres if kind == "centre" else anchored
+    found = [decode([each[row] for each in maps], **settings[kind]) for row in range(len(maps[0]))]
+    return {"boxes": np.stack([padded(rows, settings["most"]) for rows in found])}
 
 
 def voxels(cloud: Array, low: Any, size: Any, grid: Any, points: int, count: int) -> dict[str, Array]:
@@ -38,7 +44,7 @@ def voxels(cloud: Array, low: Any, size: Any, grid: Any, points: int, count: int
 
     ``voxels`` [count, points, C], ``num_points`` [count] (0: no voxel), ``coords`` int64 [count, 2] (row, column).
     """
-    cell = np.floor((cloud[:, :3] - np.float32(low)) / np.float32(size)).astype(np.int64)
+    cell = np.floor((cloud[:, :3] - np.array(low, np.float32)) / np.array(size, np.float32)).astype(np.int64)
     inside = ((cell >= 0) & (cell < np.array(grid))).all(1)
     cloud, cell = cloud[inside], cell[inside]
     flat = (cell[:, 2] * grid[1] + cell[:, 1]) * grid[0] + cell[:, 0]
@@ -68,7 +74,8 @@ def projected(
     pixel = seen[..., :2] / seen[..., 2:3]
     height, width = image.shape[-2:]
     grid = pixel / np.array([width, height], np.float32) * 2 - 1
-    normal = (image - np.float32(mean)[:, None, None]) / np.float32(std)[:, None, None]
+    centre, spread = (np.array(each, np.float32)[:, None, None] for each in (mean, std))
+    normal = (image - centre) / spread
     return {
         "img": normal.astype(np.float32),
         "grid": grid.reshape(len(image), cells[2], -1, 2).astype(np.float32),
@@ -76,10 +83,18 @@ def projected(
 
 
 def centres(
-    maps: list[Array], most: int, cell: Any, low: Any, ranges: Any, score: float, logs: bool, nms: Any
+    maps: list[Array],
+    order: list[int],
+    most: int,
+    cell: Any,
+    low: Any,
+    ranges: Any,
+    score: float,
+    logs: bool,
+    nms: Any,
 ) -> Array:
     """CenterPoint's decoding of one task, maps reg, height, dim, rot, vel and heat map, in the head's order."""
-    reg, height, dim, rot, heat = (maps[i] for i in SETTINGS["order"])
+    reg, height, dim, rot, heat = (maps[i] for i in order)
     found = sigmoid(heat).reshape(len(heat), -1)
     best = np.sort(np.argsort(-found, 1, kind="stable")[:, :most], 1)
     pairs = [(found[c, i], c, i) for c in range(len(found)) for i in best[c]]
@@ -93,7 +108,9 @@ def centres(
         rows.append([x, y, height[0, r, c], *size, yaw, value, label])
     boxes = np.array(rows, np.float32)
     boxes = boxes[boxes[:, 7] > score]
-    inside = (boxes[:, :3] >= np.float32(ranges[:3])) & (boxes[:, :3] <= np.float32(ranges[3:]))
+    inside = (boxes[:, :3] >= np.array(ranges[:3], np.float32)) & (
+        boxes[:, :3] <= np.array(ranges[3:], np.float32)
+    )
     boxes = boxes[inside.all(1)]
     boxes = boxes[suppressed(boxes, **nms)]
     boxes[:, 2] -= boxes[:, 5] / 2

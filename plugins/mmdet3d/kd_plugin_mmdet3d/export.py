@@ -61,7 +61,7 @@ class ImageCore(nn.Module):
     def forward(self, img: Tensor, grid: Tensor) -> dict[str, Tensor]:
         features = self.neck(self.backbone(img))[0]
         volume = F.grid_sample(features, grid, mode="nearest", align_corners=True)
-        x, y, z = self.cells
+        x, y, _ = self.cells
         volume = volume.unflatten(3, (y, x)).permute(0, 1, 4, 3, 2)  # [B, C, X, Y, Z]
         return named(self.head(self.neck_3d(volume)))
 
@@ -132,12 +132,11 @@ def _points(detector: Any) -> dict[str, Any]:
 def _image(detector: Any) -> dict[str, Any]:
     made, cells = detector.data_preprocessor, [int(n) for n in detector.n_voxels]
     places = detector.prior_generator.grid_anchors([cells[::-1]], device="cpu")[0][:, :3]
-    low, high = places[0].tolist(), places[-1].tolist()
     return {
         "mean": made.mean.flatten().tolist(),
         "std": made.std.flatten().tolist(),
-        "low": low,
-        "high": high,
+        "low": places[0].tolist(),
+        "high": places[-1].tolist(),
         "cells": cells,
     }
 
@@ -148,8 +147,8 @@ def _centre(head: Any) -> dict[str, Any]:
     factor = float(coder.out_size_factor)
     ranges = coder.post_center_range
     return {
-        "order": [names.index(name) for name in ("reg", "height", "dim", "rot", "heatmap")],
         "centre": {
+            "order": [names.index(name) for name in ("reg", "height", "dim", "rot", "heatmap")],
             "most": int(coder.max_num),
             "cell": [factor * float(v) for v in coder.voxel_size],
             "low": [float(v) for v in coder.pc_range],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_plugin_mmdet3d import families, heads, scene
+from kd_plugin_mmdet3d import around, export, families, heads, scene
 from kd_plugin_mmdet3d.load import load_detector, quiet
 from kdcore.kinds import Kind, Student, Teacher
 from kdcore.types import Batch, Outputs
@@ -109,6 +111,33 @@ class MMDet3DStudent(Wrapped, Student):
         with quiet():
             samples = [scene.sample_of(batch, row, image, size) for row in range(len(batch))]
             return heads.losses(self.head, heads.whole(outputs.tensors, self._spec), samples)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the graph takes: padded voxels, or an image and the cells' places in it. Refused where nothing can."""
+        self.deploy()
+        raw, settings = self._raw(batch), export.settings(self.detector, self.family, self.most)
+        return {name: torch.from_numpy(value) for name, value in around.before(raw, settings).items()}
+
+    def shapes(
+        self, inputs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
+        return {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}, {"batch": (1, 8)}
+
+    def graph(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The head's raw maps: boxes are decoded outside the graph."""
+        return {n.replace(".", "_"): v for n, v in outputs.tensors.items() if n.startswith("head.")}
+
+    def host(self, batch: Batch) -> tuple[str, dict[str, Any]]:
+        return export.source(self.detector, self.family, self.most), self._raw(batch)
+
+    def deploy(self) -> nn.Module:
+        return export.core_of(self.detector, self.family).train(self.training)
+
+    def _raw(self, batch: Batch) -> dict[str, Any]:
+        """A receiver's inputs: clouds, or images with their calibration."""
+        if not self.family.volume:
+            return {"points": [cloud.cpu().numpy() for cloud in batch["points"]]}
+        return {name: batch[name].cpu().numpy() for name in ("img", "lidar2img")}
 
     def parameters_to_ship(self) -> dict[str, Tensor]:
         """The weights under mmdetection3d's names."""
