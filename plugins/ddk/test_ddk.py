@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +155,6 @@ def tree(**sampler: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def source(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data of this file under a name that a recipe can import."""
-    import sys
     from types import ModuleType
 
     module = ModuleType("three_domains")
@@ -274,6 +275,20 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(
     )
     key = "augmentations.ddk._extra_state"
     assert load_state(one)["model"][key] == load_state(other)["model"][key]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_measure_as_one(tmp_path: Path) -> None:
+    short = ["data.args.train=200", "train.steps=8", "augmentation.0.every=3", "train.eval_every=9"]
+    short += ["teacher.main.data.args.train=200", "teacher.main.train.epochs=1"]
+    kdcore.run("ddk:text", out=tmp_path / "one", overrides=short)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launch, "--rdzv-endpoint", "localhost:0", "-m", "kdcore", "run", "ddk:text", *short]
+    two = [sys.executable, *command, "--quiet", "--out", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    ours, theirs = (load_tensors(tmp_path / name / STUDENT, "test") for name in ("two", "one"))
+    assert all(torch.allclose(ours[name], value, atol=1e-5) for name, value in theirs.items())
 
 
 @pytest.mark.parametrize("mixture", ["equal", "natural"])

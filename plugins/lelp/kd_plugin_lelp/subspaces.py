@@ -39,24 +39,22 @@ def null_space(weight: Tensor) -> Tensor:
 
 def moments(batches: Iterable[tuple[Tensor, Tensor]], classes: int) -> Moments:
     """Of embeddings [B,D] with classes int64 [B], in one pass: D x D numbers a class are kept, not the embeddings."""
-    count = first = second = shift = None
+    sums: Moments | None = None  # about a point inside the data: no cancellation where the mean is large
     for h, label in batches:
         h = h.detach().double()
-        if count is None or first is None or second is None or shift is None:
-            shift = h.mean(0)  # sums about a point inside the data: no cancellation where the mean is large
-            count = h.new_zeros(classes)
-            first, second = h.new_zeros(classes, h.shape[1]), h.new_zeros(classes, h.shape[1], h.shape[1])
+        if sums is None:
+            shift, D = h.mean(0), h.shape[1]
+            sums = Moments(h.new_zeros(classes), h.new_zeros(classes, D), h.new_zeros(classes, D, D))
         for c in label.unique().tolist():
             x = h[label == c] - shift
-            count[c] += len(x)
-            first[c] += x.sum(0)
-            second[c] += x.T @ x
-    if count is None or first is None or second is None or shift is None:
+            for kept, new in zip(sums, (x.new_tensor(len(x)), x.sum(0), x.T @ x), strict=True):
+                kept[c] += new
+    if sums is None:
         raise InputError("data.source", "there is no training sample to fit subspaces on")
-    n = count.clamp_min(1)
-    mean = first / n[:, None]
-    covariance = second / n[:, None, None] - mean[:, :, None] * mean[:, None, :]
-    return Moments(count, mean + shift, covariance)
+    n = sums.size.clamp_min(1)
+    mean = sums.mean / n[:, None]
+    covariance = sums.covariance / n[:, None, None] - mean[:, :, None] * mean[:, None, :]
+    return Moments(sums.size, mean + shift, covariance)
 
 
 def fit_subspaces(
