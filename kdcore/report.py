@@ -104,6 +104,7 @@ def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> Page:
         _models(page, results, test)
     if "student" in results:
         _curves(page, folder)
+        _pictures(page, folder)
         _guards(page, results["student"].get("guards", {}))
         if results.get("conventions"):
             conventions(page, results["conventions"])
@@ -151,6 +152,15 @@ def _curves(page: Page, folder: Path) -> None:
     with replacing(folder / "curves.png") as draft:
         draft.write_bytes(png)
     page.image("curves.png", png)
+
+
+def _pictures(page: Page, folder: Path) -> None:
+    """What components drew: the PNG files of the folders ``pictures`` of the stages."""
+    files = sorted(folder.glob("stages/**/pictures/*.png"))
+    if files:
+        page.heading("Pictures")
+    for file in files:
+        page.image(file.relative_to(folder).as_posix(), file.read_bytes())
 
 
 def _guards(page: Page, guards: Mapping[str, Any]) -> None:
