@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,12 @@ from typing import Any
 import pytest
 import tomli_w
 
-from kdcore import plugins
+import kdcore
+from kdcore import parallel, plugins
+from kdcore.distill import Distiller
+from kdcore.errors import Interrupted
 from kdcore.plugins import Entry
+from kdcore.signals import Stop
 
 _numbers = itertools.count()
 
@@ -200,6 +205,19 @@ def rich(
     return tiny, importlib.import_module(parts)
 
 
+def stop_at(step: int) -> Any:
+    """``Distiller.train_step`` that sends a signal to the last process when the student has made ``step`` steps."""
+    real = Distiller.train_step
+
+    def train_step(self: Distiller, data: Any, optim_wrapper: Any) -> Any:
+        logs = real(self, data, optim_wrapper)
+        if self.run.step == step and self.parts.losses and parallel.rank() == parallel.world() - 1:
+            Stop.note(signal.SIGTERM, None)
+        return logs
+
+    return train_step
+
+
 class Ranks:
     """Recipes to run by several processes at once, in a folder; modules beside them can be imported."""
 
@@ -208,12 +226,25 @@ class Ranks:
         folder.mkdir(exist_ok=True)
 
     def add(self, name: str, recipe: dict[str, Any], **options: Any) -> Path:
-        """``stop``: a step at which one process gets SIGTERM; ``resume``: go on with the run that is there."""
+        """``stop``: a step at which one process gets SIGTERM; ``resume``: the name of the run to go on with."""
         path = self.folder / f"{name}.toml"
         path.write_text(tomli_w.dumps(recipe), "utf-8")
         for key, value in options.items():
             path.with_suffix(f".{key}").write_text(str(value), "utf-8")
         return path
+
+    def module(self, name: str, code: str) -> None:
+        (self.folder / f"{name}.py").write_text(textwrap.dedent(code), "utf-8")
+
+    def stopped(self, name: str, recipe: dict[str, Any], step: int) -> Path:
+        """The run folder of a run that one process left at a step."""
+        real, Distiller.train_step = Distiller.train_step, stop_at(step)
+        try:
+            with pytest.raises(Interrupted):
+                kdcore.run(recipe, out=self.out(name))
+        finally:
+            Distiller.train_step = real
+        return self.out(name)
 
     def run(self, count: int = 2) -> None:
         launch(count, str(Path(__file__).with_name("on_ranks.py")), str(self.folder))
@@ -227,12 +258,16 @@ class Ranks:
         return path.read_text("utf-8") if path.exists() else ""
 
 
-def launch(count: int, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """``command`` under torchrun, in ``count`` processes of one thread each."""
+def line(count: int, *command: str) -> list[str]:
+    """The command line that starts ``command`` in ``count`` processes, at a port that is free."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command]
+    return [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command]
+
+
+def launch(count: int, *command: str) -> None:
+    """Run ``command`` in ``count`` processes of one thread each, and fail where it does."""
     done = subprocess.run(
-        torchrun,
+        line(count, *command),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -240,8 +275,7 @@ def launch(count: int, *command: str, check: bool = True) -> subprocess.Complete
         check=False,
     )
     told = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
-    assert not check or done.returncode == 0, "\n".join(told[-60:])
-    return done
+    assert done.returncode == 0, "\n".join(told[-60:])
 
 
 @pytest.fixture(scope="module")
@@ -251,5 +285,5 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
-    return launch
+def torchrun_line() -> Callable[..., list[str]]:
+    return line

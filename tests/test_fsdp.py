@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import kdcore
 from kdcore.checkpoint import load_tensors
+from kdcore.errors import InputError
+from kdcore.sharding import UNIT, _units
 
 FIT = "stages/distill/student"
 WIDE = [
@@ -123,20 +127,18 @@ TOLERANCE = 1e-6  # weights are of order 0.1: some 50 roundings of float32
 @pytest.fixture(scope="module")
 def both(ranks: Any) -> dict[str, tuple[Path, Path]]:
     """Every recipe run by one process and by two: the run folders."""
-    (ranks.folder / "fsdp_parts.py").write_text(_dedented(MODULE), "utf-8")
+    ranks.module("fsdp_parts", MODULE)
     recipes = made("fsdp_parts")
     for name, recipe in recipes.items():
         ranks.add(name, recipe)
-    ranks.add("stopped", recipes["best"], stop=5)
+    for name in ("again", "fewer"):
+        ranks.add(f"{name}-1", recipes["best"], stop=5)
+    ranks.add("again-2", recipes["best"], resume="again-1")
+    ranks.stopped("more-1", recipes["best"], 5)
+    ranks.add("more-2", recipes["best"], resume="more-1")
     ranks.run()
     whole = {n: kdcore.run(ranks.folder / f"{n}.toml", out=ranks.folder / f"{n}-one") for n in recipes}
     return {name: (result.folder, ranks.out(name)) for name, result in whole.items()}
-
-
-def _dedented(code: str) -> str:
-    import textwrap
-
-    return textwrap.dedent(code)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -154,3 +156,108 @@ def test_two_processes_with_pieces_give_the_result_of_one(name: str, both: Any, 
     assert ranks.error(name) == ""
     one, two = both[name]
     assert distance(one, two) < TOLERANCE
+
+
+def test_two_processes_with_pieces_go_on_with_the_same_bits(
+    both: Any, ranks: Any, digest: Callable[[Path], dict[str, str]]
+) -> None:
+    assert ranks.error("again-1") == "3 stopped by another rank at step 5 of 8; the state is saved"
+    assert ranks.error("again-2") == ""
+    assert digest(ranks.out("again-1")) == digest(ranks.out("best"))
+
+
+def test_one_process_goes_on_where_two_left_and_two_where_one_did(both: Any, ranks: Any) -> None:
+    kdcore.run(ranks.folder / "best.toml", out=ranks.out("fewer-1"), resume=True)
+    assert ranks.error("more-2") == ""
+    for name in ("fewer-1", "more-1"):
+        assert distance(both["best"][0], ranks.out(name)) < TOLERANCE
+
+
+def test_weights_leave_as_one_plain_file(both: Any, ranks: Any) -> None:
+    names = load_tensors(both["best"][0] / "student.safetensors", "test")
+    found = load_tensors(ranks.out("best") / "student.safetensors", "test")
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in names.items()}
+
+
+def test_layers_are_cut_apart_where_they_are_large_and_share_nothing() -> None:
+    """Elements of a list of layers with UNIT parameters, inner ones first; the tied one stays with its parent."""
+    width = 260
+    model = nn.Module()
+    model.embed = nn.Embedding(300, width)
+    block = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 4))
+    model.blocks = nn.ModuleList([block, nn.Linear(width, width), nn.Linear(4, 4), nn.Linear(width, 300)])
+    model.blocks[3].weight = model.embed.weight
+    assert width * (width + 1) >= UNIT
+    units = list(_units(model))
+    assert [id(unit) for unit in units] == [id(block[0]), id(model.blocks[1])]
+
+
+OWN = """
+    import torch
+    from torch import nn
+    from kdcore import Augmentation, Loss, Router
+
+    class Noise(Augmentation):
+        '''Learned noise with an optimiser of its own.'''
+        own_optimizer = {"use": "Adam", "lr": 1e-2}
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(64))
+
+    class Merging(Loss):
+        '''Adds up the gradients of the terms itself.'''
+        def forward(self, student, teacher, batch):
+            return (student.logits - teacher.logits).square().sum(1)
+        def merge(self, gradients):
+            return [sum(g for g in each if g is not None) for each in zip(*gradients.values())]
+
+    class Planned(Router):
+        '''Asks each teacher about some samples only.'''
+        def plan(self, batch, student):
+            return torch.ones(len(batch), 1, dtype=torch.bool)
+        def forward(self, batch, student, teachers):
+            return torch.ones(len(batch), 1)
+
+"""
+
+
+@pytest.fixture
+def own(install: Callable[..., Any], write_module: Callable[..., str]) -> None:
+    module = write_module(OWN)
+    install(
+        "own",
+        f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_augmentations():
+            yield Component("own", "{module}:Noise")
+        @hookimpl
+        def kd_losses():
+            yield Component("own.merging", "{module}:Merging")
+        @hookimpl
+        def kd_routers():
+            yield Component("own.planned", "{module}:Planned")
+    """,
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "place", "words"),
+    [
+        ({"augmentation": [{"use": "own"}]}, "train.strategy", "augmentation.own steps its own"),
+        ({"loss": [{"use": "own.merging"}]}, "train.strategy", "loss.own-merging merges them whole"),
+        ({"router": {"use": "own.planned"}}, "teacher.main.shard", "plans which teachers run"),
+    ],
+)
+def test_what_cannot_be_in_pieces_is_refused_before_the_run(
+    table: dict[str, Any], place: str, words: str, own: None, tmp_path: Path
+) -> None:
+    """With one process, too: the recipe would fail where it is meant to run."""
+    recipe = images()
+    recipe["teacher"]["main"]["shard"] = True
+    with pytest.raises(InputError, match=words) as caught:
+        kdcore.run({**recipe, **table}, out=tmp_path / "run")
+    assert (caught.value.place, caught.value.exit_code) == (place, 2)
+    assert not (tmp_path / "run").exists()
+    del recipe["teacher"]["main"]["shard"], recipe["train"]["strategy"]
+    kdcore.check({**recipe, **table})
