@@ -1,6 +1,9 @@
 """Run the benchmarks and write docs/benchmarks.md: every figure with the command that makes it.
 
-python tools/bench_all.py [--skip tokens] [--keep FOLDER]
+python tools/bench_all.py [--only step ...]     # the other sections stay as they are
+
+Each section says when and on how busy a machine it was measured. Other frameworks are measured where they are
+installed (tools/peers.py says how): a row that is missing means that one was not.
 """
 
 from __future__ import annotations
@@ -19,15 +22,23 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+HEAD = """<!-- written by tools/bench_all.py -->
+# Benchmarks
+
+Ratios are within one run; absolute times are those of the machine named in each section.
+"""
 COMMANDS = {
     "import": ["tools/bench_import.py"],
-    "step": ["tools/bench_step.py"],
+    "step": ["tools/bench_step.py", "--peers"],
     "tokens": ["tools/bench_tokens.py", "--rounds", "3", "--threads", "2"],
+    "cache": ["tools/bench_cache.py"],
 }
 TITLES = {
     "import": "Start-up",
     "step": "The step's overhead",
     "tokens": "Token divergences from hidden states",
+    "cache": "The teacher-signal cache",
 }
 
 
@@ -45,37 +56,32 @@ def _cell(value: Any) -> str:
     return ", ".join(map(_cell, value)) if isinstance(value, list) else str(value)
 
 
+def section(name: str) -> str:
+    """One benchmark, run now."""
+    processor, busy = platform.processor() or platform.machine(), os.getloadavg()[0]
+    where = f"{datetime.date.today()}, {os.cpu_count()} cores ({processor}), torch {torch.__version__}"
+    where += f", load average {busy:.1f}"
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "rows.json"
+        command = [sys.executable, *COMMANDS[name], "--json", str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        rows = json.loads(out.read_text("utf-8"))
+    told = table(rows) if isinstance(rows, list) else f"```\n{done.stdout.strip()}\n```"
+    return f"## {TITLES[name]}\n\n`python {' '.join(COMMANDS[name])}`: {where}.\n\n{told}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--skip", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", choices=list(COMMANDS), default=list(COMMANDS))
     options = parser.parse_args()
-    processor = platform.processor() or platform.machine()
-    page = [
-        "<!-- written by tools/bench_all.py -->",
-        "# Benchmarks\n",
-        f"{datetime.date.today()}, {os.cpu_count()} cores ({processor}), torch {torch.__version__}, "
-        f"load average {os.getloadavg()[0]:.1f} at the start. Ratios are within one run; absolute times are this "
-        "machine's.\n",
-    ]
-    for name, command in COMMANDS.items():
-        if name in options.skip:
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "rows.json"
-            done = subprocess.run(
-                [sys.executable, *command, "--json", str(out)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            rows = json.loads(out.read_text("utf-8"))
-        page += [f"## {TITLES[name]}\n", f"`python {' '.join(command)}`\n"]
-        page.append(table(rows) if isinstance(rows, list) else f"```\n{done.stdout.strip()}\n```")
-        page.append("")
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(page) + "\n", "utf-8")
+    kept = PAGE.read_text("utf-8").split("\n## ")[1:] if PAGE.exists() else []
+    sections = {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in kept}
+    for name in options.only:
+        sections[TITLES[name]] = section(name)
+        text = [HEAD, *(sections[title] for title in TITLES.values() if title in sections)]
+        PAGE.write_text("\n".join(text), "utf-8")
 
 
 if __name__ == "__main__":
