@@ -26,6 +26,7 @@ from kdcore.distill import Distiller
 from kdcore.errors import InputError
 from kdcore.optimizers import own_optimizers
 from kdcore.recipe import parse, read
+from kdcore.report import read_metrics
 from kdcore.stages import StageRun
 from kdcore.testing.oracle import check_oracle
 from kdcore.types import Batch
@@ -334,6 +335,9 @@ def test_pictures_and_export(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["hard-affine-000001.png", "hard-affine-000006.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
     assert found[0].read_bytes() != found[1].read_bytes()
+    logged = read_metrics(folder / "stages/distill/student/metrics.jsonl")[0]
+    assert logged["hard_disagreement"] > 0
+    assert 0 < logged["hard_right"] < 1
     report = (folder / "report.md").read_text("utf-8")
     assert all(f"](stages/distill/pictures/{path.name})" in report for path in found)
     artefact = (folder / "artefact/model.onnx").read_bytes()

@@ -159,6 +159,7 @@ def test_a_learned_distribution_in_closed_form() -> None:
     with torch.no_grad():
         spread.linear.weight.copy_(torch.from_numpy(weight))
         spread.linear.bias.copy_(torch.from_numpy(mean))
+    assert spread.reach() == pytest.approx({"a": math.hypot(0.5, -1.0), "b": math.hypot(0.3, 2.0)})
     z = np.random.RandomState(1).standard_normal((5, 2))
     expected = np.array([2.0, 0.5]) * (2 * stats.norm.cdf(z @ weight.T + mean) - 1)
     got = spread(torch.from_numpy(z).float())

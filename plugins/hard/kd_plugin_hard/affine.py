@@ -71,6 +71,9 @@ class Affine(View):
         self.noise, self.padding = self.spread.size, padding
         self.freeze()
 
+    def reach(self) -> dict[str, float]:
+        return self.spread.reach()
+
     def transform(self, images: Tensor, z: Tensor) -> Tensor:
         drawn = self.spread(z)
         none = images.new_zeros(len(images))

@@ -26,7 +26,8 @@ class HARD(Augmentation):
     each step of the student the augmentor takes ``steps`` steps on ``augmentor_loss`` (0: it stays untrained), on
     the same samples as they came to it, with fresh noise, and the student in eval mode. ``teacher``: its name, by
     default all, averaged. ``thresholds`` (low, high): the augmentor rests from when the disagreement is above high
-    until it falls below low. ``pictures``: how often views are drawn, into the folder ``pictures`` of the stage.
+    until it falls below low. The log has the disagreement and how far the views reach. ``pictures``: how often
+    views are drawn, into the folder ``pictures`` of the stage.
     """
 
     own_optimizer: ClassVar[Mapping[str, Any] | None] = {"use": "Adam", "lr": 1e-2}
@@ -108,6 +109,8 @@ class HARD(Augmentation):
             if not self.hunting:
                 break
             self.run.update(self, loss, clip=self.clip)
+        for view in self._chain if self.steps else ():
+            self.run.log(**{f"hard_{name}": value for name, value in view.reach().items()})
         if self.run.step in pictures.moments(self.pictures, self.run.total_steps) and not parallel.rank():
             self._draw(parts_of(self.run.sample, self.key)[0])
 

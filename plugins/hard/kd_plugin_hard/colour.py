@@ -61,6 +61,9 @@ class Colour(View):
         self.noise = self.spread.size
         self.freeze()
 
+    def reach(self) -> dict[str, float]:
+        return self.spread.reach()
+
     def transform(self, images: Tensor, z: Tensor) -> Tensor:
         drawn, none = self.spread(z), images.new_zeros(len(images))
         changed = colour(

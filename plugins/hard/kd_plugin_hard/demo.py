@@ -7,6 +7,7 @@ students on centred ones. An interrupted demonstration goes on in its folder.
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import kdcore
 from kd_plugin_hard.data import shifted_digits
 from kdcore.comparison.record import record
+from kdcore.report import read_metrics
 from kdcore.shipping import load_student
 
 RECIPE = "hard:digits"
@@ -41,6 +43,12 @@ def centred(folder: Path) -> float:
     return float((said == test["target"]).float().mean())
 
 
+def reached(folder: Path) -> dict[str, float]:
+    """How far the augmentor's distributions reached in the end (0.1 at first, 1 is uniform over the bounds)."""
+    last = read_metrics(folder / "stages/distill/student/metrics.jsonl")[-2]  # the last row is an evaluation
+    return {name: last[f"hard_{name}"] for name in ("right", "down", "rotation", "scale", "shear")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -51,6 +59,8 @@ def main() -> None:
     print(kdcore.compare(RECIPE, ARMS, seeds=args.seeds, jobs=args.jobs, out=out, quiet=False).markdown)
     arms = [path.name for path in sorted((out / "runs").iterdir())]
     values = {arm: [centred(out / "runs" / arm / f"seed-{seed}") for seed in seeds] for arm in arms}
+    learned = [reached(out / "runs/hard-digits" / f"seed-{seed}") for seed in seeds]
+    print({name: f"{statistics.fmean(row[name] for row in learned):.2f}" for name in learned[0]})
     print(record(out / "centred", "accuracy", seeds, values, ["none", "kd"]))
 
 

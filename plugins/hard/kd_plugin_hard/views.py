@@ -48,6 +48,10 @@ class View(Augmentation):
         """``transform`` with z drawn from ``generator`` (on the CPU)."""
         return self.transform(images, torch.randn(len(images), self.noise, generator=generator).to(images))
 
+    def reach(self) -> dict[str, float]:
+        """What to log of the distribution, by name."""
+        return {}
+
     def forward(self, batch: Batch) -> Batch:
         changed, generator = batch.copy(), self.run.generator
         for part in parts_of(changed, self.key):
@@ -80,6 +84,10 @@ class Spread(nn.Module):
     def forward(self, z: Tensor) -> dict[str, Tensor]:
         values = self.bounds * torch.erf(self.linear(z) / math.sqrt(2))
         return dict(zip(self.names, values.unbind(1), strict=True))
+
+    def reach(self) -> dict[str, float]:
+        """How far each parameter's distribution reaches, the norm of its row of L: 1 is uniform over its bound."""
+        return dict(zip(self.names, self.linear.weight.detach().norm(dim=1).tolist(), strict=True))
 
 
 def parts_of(batch: Batch, key: str) -> list[Batch]:
