@@ -115,9 +115,14 @@ def test_the_rest_of_both_tails_counts_as_one_class(name: str, logits: tuple[Ten
     student, teacher = logits
     top = top_of(teacher, 5)
     q = student.softmax(-1).numpy()
-    p = [nearest_tail(q[r], top.ids[r].tolist(), top.logp[r].numpy(), float(top.rest[r])) for r in range(len(q))]
+    p = [
+        nearest_tail(q[r], top.ids[r].tolist(), top.logp[r].numpy(), float(top.rest[r]))
+        for r in range(len(q))
+    ]
     fn = getattr(functional, name)
-    assert torch.allclose(fn(*topk_rows(student, top, singled_out=8)), fn(student, torch.tensor(np.array(p)).log()))
+    assert torch.allclose(
+        fn(*topk_rows(student, top, singled_out=8)), fn(student, torch.tensor(np.array(p)).log())
+    )
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -158,7 +163,11 @@ def test_the_codec_keeps_ids_and_log_probabilities(classes: int, k: int, mass: f
 
 def test_a_token_of_128256_classes_takes_148_bytes() -> None:
     """Elias-Fano: 56 x 11 low bits, 56 + 62 in unary; 56 x 6 + 16 x 6 bits of values; 16 of the rest."""
-    assert TopKCodec(128_256, 56).width(56) == -(-(56 * 11 + 56 + (128_255 >> 11) + 56 * 6 + 16 * 6 + 16) // 8) == 148
+    assert (
+        TopKCodec(128_256, 56).width(56)
+        == -(-(56 * 11 + 56 + (128_255 >> 11) + 56 * 6 + 16 * 6 + 16) // 8)
+        == 148
+    )
     assert TopKCodec(128_256, 32).width(32) <= 100
 
 
@@ -168,7 +177,9 @@ def test_the_gradient_error_at_148_bytes(perplexity: int, most: float) -> None:
     classes, draw = 128_256, torch.Generator().manual_seed(0)
     exponent = {2: 2.97, 10: 1.72}[perplexity]
     base = -exponent * torch.arange(1, classes + 1).log()
-    assert (base.log_softmax(0).exp() * -base.log_softmax(0)).sum().exp().item() == pytest.approx(perplexity, rel=0.02)
+    assert (base.log_softmax(0).exp() * -base.log_softmax(0)).sum().exp().item() == pytest.approx(
+        perplexity, rel=0.02
+    )
     teacher = torch.stack([base[torch.randperm(classes, generator=draw)] for _ in range(12)])
     student = (teacher + torch.randn(teacher.shape, generator=draw)).requires_grad_()
     codec = TopKCodec(classes, 56)
