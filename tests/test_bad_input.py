@@ -272,6 +272,13 @@ def test_plugins_only_refuses_code(
         kdcore.run(tiny, out=tmp_path / "run", plugins_only=True)
 
 
+def test_plugins_only_refuses_python_files(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A config that is a program (OpenMMLab's are), wherever a recipe names it."""
+    tiny["student"]["args"]["config"] = str(tmp_path / "config.py")
+    with pytest.raises(InputError, match=r"student\.args\.config[\s\S]*names code"):
+        kdcore.run(tiny, out=tmp_path / "run", plugins_only=True)
+
+
 def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'compare'?" in refused(capsys, "comprae")
     assert "no such kind" in refused(capsys, "list", "--kind", "looses")
