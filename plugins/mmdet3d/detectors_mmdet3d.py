@@ -103,6 +103,28 @@ def test_a_detector_is_given_the_sensors_that_it_has_and_no_other(name: str, bat
         wrapped(Batch({k: v for k, v in batch.items() if k != needed}))
 
 
+def test_a_last_cloud_without_points_is_refused_and_a_first_one_is_not(batch: Batch) -> None:
+    """mmdet3d takes the number of samples from the last voxel: it would answer for fewer, without a word."""
+    wrapped, far = student("pointpillars").eval(), torch.full((3, 4), 99.0)
+    points = list(batch["points"])
+    assert len(wrapped(Batch({"id": batch["id"], "points": [far, *points[1:]]}))["heatmap"]) == 3
+    with pytest.raises(InputError, match="no point in range"):
+        wrapped(Batch({"id": batch["id"], "points": [*points[:2], far]}))
+
+
+def test_a_config_file_of_yours_is_run_and_plugins_only_refuses_it(tmp_path: Path) -> None:
+    from kd_plugin_mmdet3d.small import pointpillars
+    from kdcore import api
+
+    path = tmp_path / "mine.py"
+    path.write_text(f"model = {pointpillars(width=8)!r}\n")
+    assert type(load_detector(str(path))).__name__ == "VoxelNet"
+    overrides = ["data.args.train=4", "data.args.val=2", "data.args.test=2"]
+    api.check("mmdet3d:pillars", overrides, plugins_only=True)
+    with pytest.raises(InputError, match="names code"):
+        api.check("mmdet3d:pillars", [*overrides, f"student.config={path}"], plugins_only=True)
+
+
 # ---- axes -------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +187,7 @@ def test_a_decoded_box_lies_where_its_logit_is(name: str, batch: Batch) -> None:
 def test_a_config_of_mmdet3ds_own_by_name_with_options() -> None:
     """PointPillars for KITTI, narrowed; its pretrained weights are not asked for."""
     made = load_detector(
-        "pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-car.py",
+        "pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-car",
         options={"backbone.layer_nums": [1, 1, 1]},
     )
     assert type(made).__name__ == "VoxelNet"
@@ -173,7 +195,7 @@ def test_a_config_of_mmdet3ds_own_by_name_with_options() -> None:
 
 
 def test_weights_that_a_config_wants_downloaded_are_left_out() -> None:
-    made = load_detector("imvoxelnet/imvoxelnet_8xb4_kitti-3d-car.py")
+    made = load_detector("imvoxelnet/imvoxelnet_8xb4_kitti-3d-car")
     assert "Pretrained" not in repr(made.backbone.init_cfg)  # type: ignore[union-attr]
 
 
@@ -193,10 +215,11 @@ def test_a_table_and_a_checkpoint_give_the_same_detector(tmp_path: Path, batch: 
     ("params", "words"),
     [
         ({"config": "no/such.py"}, "no such config file"),
+        ({"config": "no/such"}, "no such config file"),
         ({"config": {"backbone": {}}}, "has no type"),
         ({"config": {"type": "NoDetector"}}, "mmdet3d cannot build it"),
         ({"config": f"{SMALL}:pointpillars", "args": {"width": 5}}, "width"),
-        ({"config": "votenet/votenet_8xb8_scannet-3d.py"}, "no bird's-eye-view detector"),
+        ({"config": "votenet/votenet_8xb8_scannet-3d"}, "no bird's-eye-view detector"),
         ({"config": {"type": "VoxelNet"}, "args": {"width": 4}}, "are for a config that is a function"),
     ],
 )

@@ -130,7 +130,7 @@ def test_scenes_without_points_or_boxes_go_through(batch: Batch) -> None:
     ("config", "words"),
     [
         (f"{SMALL}:mvxnet", "point fusion have none"),
-        ("second/second_hv_secfpn_8xb6-80e_kitti-3d-car.py", "sparse convolution"),
+        ("second/second_hv_secfpn_8xb6-80e_kitti-3d-car", "sparse convolution"),
     ],
 )
 def test_what_has_no_onnx_form_is_refused_in_words(config: str, words: str, batch: Batch) -> None:

@@ -28,8 +28,8 @@ def load_detector(
 ) -> nn.Module:
     """The detector of a config, with weights from ``checkpoint`` or initialised as the config says.
 
-    ``config``: the model's own table (with ``type``); a config file of OpenMMLab, by path or by its place among
-    mmdet3d's own (``pointpillars/...py``), whose ``model`` is taken; or ``module:function``, called with
+    ``config``: the model's own table (with ``type``); the path of an OpenMMLab config file (``.py``), or the name of one
+    of mmdet3d's own (``pointpillars/...``, without ``.py``), whose ``model`` is taken; or ``module:function``, called with
     ``args``, which returns such a table. Config files are Python and are run. ``options``: dotted keys over the table.
     Weights that a config wants downloaded (``init_cfg`` of type Pretrained) are left out.
     Raises InputError where mmdet3d is not installed, or cannot build this.
@@ -96,8 +96,8 @@ def _from_file(name: str, place: str) -> Any:
 
     spec = importlib.util.find_spec("mmdet3d")
     own = Path(str(spec and spec.origin)).parent / ".mim" / "configs"
-    found = next((path for path in (Path(name), own / name) if path.is_file()), None)
-    if found is None:
+    found = Path(name) if name.endswith(".py") else own / f"{name}.py"
+    if not found.is_file():
         raise InputError(
             f"{place}.config", "no such config file", given=name, allowed=f"a path, or one below {own}"
         )

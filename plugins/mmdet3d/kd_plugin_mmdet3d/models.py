@@ -69,8 +69,8 @@ class Wrapped(Kind):
 class MMDet3DTeacher(Wrapped, Teacher):
     """A detector of mmdetection3d as a teacher.
 
-    ``config``: a model's table, an OpenMMLab config file (by path, or by its place among mmdet3d's own), or
-    ``module:function`` with ``args``; config files are Python and are run. ``options``: dotted keys over it.
+    ``config``: a model's table, the path of an OpenMMLab config file (``.py``: Python, which is run), the name of one
+    of mmdet3d's own without ``.py``, or ``module:function`` with ``args``. ``options``: dotted keys over it.
     ``checkpoint``: weights of exactly this model. ``max_boxes``: detections kept of a scene.
     """
 

@@ -26,6 +26,12 @@ def prepared(
         inputs["img"] = list(_needed(batch, "img"))
     samples = [sample_of(batch, row, image, code_size) for row in range(len(batch))]
     made = detector.data_preprocessor({"inputs": inputs, "data_samples": samples}, detector.training)
+    coors = made["inputs"].get("voxels", {}).get("coors")
+    if coors is not None and (not len(coors) or int(coors[-1, 0]) != len(batch) - 1):
+        problem = (
+            "the last cloud of a batch has no point in range, and mmdet3d counts the batch by its last voxel"
+        )
+        raise InputError("data.source", problem, hint="leave such scenes out, or put another one last")
     return made["inputs"], made["data_samples"]
 
 
