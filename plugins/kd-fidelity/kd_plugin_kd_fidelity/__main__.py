@@ -29,7 +29,7 @@ def read(where: Iterable[str]) -> list[Pair]:
 def summary(pairs: Pairs) -> str:
     """A Markdown table: each student's mean over teachers, methods and seeds, alone -> distilled, and its mean I."""
     lines = [f"| student's size | {' | '.join(c.replace('_', ' ') for c in COLUMNS)} | I |", "|---" * 6 + "|"]
-    for size, rows in sorted(grouped(pairs, lambda r: r.size).items(), key=lambda item: str(item[0])):
+    for size, rows in sorted(grouped(pairs, lambda r: r.size).items(), key=lambda item: item[1][0].size):
         cells = [
             f"{fmean(getattr(r, f'sft_{c}') for r in rows):.3f} -> {fmean(getattr(r, c) for r in rows):.3f}"
             for c in COLUMNS

@@ -1,6 +1,6 @@
-"""The demonstration: the paper's analysis on 12 pairs of models. ``python -m kd_plugin_kd_fidelity.demo --seeds 5``.
+"""The demonstration: the paper's analysis on 8 pairs of models. ``python -m kd_plugin_kd_fidelity.demo --seeds 5``.
 
-Three teachers, four students, three methods at two temperatures, and the same students on labels alone, all
+Two teachers, four students, three methods at two temperatures, and the same students on labels alone, all
 matched by ``kd compare``; then the analysis in both variants, and a sweep of noise on the teacher's logits.
 """
 
@@ -15,11 +15,13 @@ from typing import Any
 
 import kdcore
 from kd_plugin_kd_fidelity.__main__ import report
+from kd_plugin_kd_fidelity.hypotheses import best_temperatures
 from kd_plugin_kd_fidelity.pairs import Pair, pairs_of
 from kdcore import recipe as recipes
+from kdcore.comparison.record import record
 
 RECIPE = "kd-fidelity:digits"
-TEACHERS, STUDENTS = (8, 32, 256), (4, 8, 16, 64)
+TEACHERS, STUDENTS = (32, 256), (4, 8, 16, 64)
 METHODS, TEMPERATURES = ("forward", "reverse", "js"), (1.0, 4.0)
 OWN, STOCK = "forward-T1.0", "forward-T4.0"  # the recipe's own arm, and what the stock arm kd is here
 NOISES = (1.0, 2.0, 4.0, 8.0)
@@ -51,6 +53,17 @@ def compared(teacher: int, student: int, seeds: int, out: Path) -> list[Pair]:
     ]
 
 
+def recorded(pairs: Sequence[Pair], seeds: int, out: Path) -> str:
+    """Each method's mean accuracy over the pairs, seed by seed, beside the students alone; as compare.json too."""
+    runs = best_temperatures(pairs)
+    values = {
+        method: [fmean(r.accuracy for r in runs if (r.method, r.seed) == (method, s)) for s in range(seeds)]
+        for method in METHODS
+    }
+    alone = [fmean(r.sft_accuracy for r in runs if r.seed == s) for s in range(seeds)]
+    return record(out / "methods", "accuracy", range(seeds), {"none": alone, **values}, ["none"])
+
+
 def noise_table(pairs: Sequence[Pair]) -> str:
     """A Markdown table of the sweep: forward KL at T = 1, noise of growing standard deviation on z_T."""
     arms = {0.0: [r for r in pairs if (r.method, r.temperature) == ("forward", 1.0)]}
@@ -80,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs = [r for rows in found.values() for r in rows if r.method in METHODS]
     for variant in ("paper", "released"):
         print(report(pairs, variant, "forward"))
+    print(recorded(pairs, options.seeds, options.out), "\n")
     if SWEPT in found:
         print(noise_table(found[SWEPT]))
 

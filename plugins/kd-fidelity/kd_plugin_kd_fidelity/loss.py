@@ -57,12 +57,10 @@ class SequenceDivergence(Loss):
         self.zero_at_teacher = noise == 0
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        z_t = teacher["logits"]
+        z_s, z_t = (_logits(each) for each in (student, teacher))
         if self.noise:
             z_t = z_t + self.noise * self._normal(z_t)
-        return sequence_divergence(
-            student["logits"], z_t, student.mask, kind=self.kind, temperature=self.temperature
-        )
+        return sequence_divergence(z_s, z_t, student.mask, kind=self.kind, temperature=self.temperature)
 
     def _normal(self, like: Tensor) -> Tensor:
         rng = self.run.rng("kd-fidelity", shared=False)
@@ -70,3 +68,11 @@ class SequenceDivergence(Loss):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, temperature={self.temperature}, noise={self.noise}"
+
+
+def _logits(outputs: Outputs) -> Tensor:
+    """All of them, also where a model keeps its output layer apart."""
+    if outputs.logits is None and outputs.unembed is not None:
+        return outputs.unembed.logits()
+    found: Tensor = outputs["logits"]
+    return found
