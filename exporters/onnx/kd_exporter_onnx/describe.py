@@ -67,9 +67,10 @@ def _output(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _check_labels(spec: ExportSpec, first: TensorSpec) -> None:
-    classes = first.shape[-1] if first.shape else None
     if spec.host is not None:
         return  # host code may end in something else than the graph's classes
+    axis = 1 if len(first.shape) == 4 else -1  # [B, C, H, W] of segmentation
+    classes = first.shape[axis] if first.shape else None
     if spec.labels is not None and isinstance(classes, int) and len(spec.labels) != classes:
         raise SpecError(f"{len(spec.labels)} labels for the {classes} values of output {first.name!r}")
 

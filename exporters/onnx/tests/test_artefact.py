@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kd_exporter_onnx import Artefact, ArtefactError, Axis, InputError, TensorSpec, load
+from kd_exporter_onnx import Artefact, ArtefactError, Axis, InputError, SpecError, TensorSpec, load
 from kd_exporter_onnx import artefact as module
 from kd_exporter_onnx.artefact import check_arrays, json_schema, seal, sha256
 
@@ -146,3 +146,21 @@ def test_a_named_axis_without_a_range_takes_any_size() -> None:
     check_arrays((IMAGE,), AXES, {"image": np.ones((2, 3, 77), np.float32)})
     with pytest.raises(InputError, match="axis 1 has 4 elements instead of 3"):
         check_arrays((IMAGE,), AXES, {"image": np.ones((2, 4, 77), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [(("batch", 3), 3), (("batch", 7, 3), 3), (("batch", 3, 8, 8), 3)]
+)
+def test_labels_count_the_class_axis(shape: tuple[int | str, ...], count: int) -> None:
+    """The last one, and of maps [B, C, H, W] the second."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from kd_exporter_onnx.describe import _check_labels
+    from kd_exporter_onnx.spec import ExportSpec
+
+    output = TensorSpec(name="y", dtype="float32", shape=shape)
+    named = [cast(ExportSpec, SimpleNamespace(labels=("a",) * n, host=None)) for n in (count, count + 1)]
+    _check_labels(named[0], output)
+    with pytest.raises(SpecError, match="4 labels for the 3 values"):
+        _check_labels(named[1], output)
