@@ -1,9 +1,8 @@
 """Codecs: how a row of logits is kept. ``full`` keeps the bits; ``topk`` the largest entries in few bits.
 
 A token of ``topk`` is one string of bits, all tokens of one count equally long: the ids in rising order
-(Elias-Fano: the low bits of each, the high parts in unary), a coarse code of each log-probability, finer bits for
-the ``HEAD`` largest, and the log-probability of the rest. A code is the square root of -log p on an even grid up
-to ``RANGE``: fine where probabilities are large.
+(Elias-Fano: the low bits of each, the high parts in unary), a coarse code of each log-probability on an even grid
+from 0 to the token's least, finer bits for the ``HEAD`` largest, that least one, and the rest's.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from kdcore.errors import InputError
 from kdcore.types import TopK
 
 RANGE = 16.0  # nats: what is less likely than exp(-16) is kept as that
-COARSE, FINE, HEAD, REST = 6, 6, 16, 16  # bits of a code, more bits for the HEAD largest, bits of the rest
+COARSE, FINE, HEAD = 6, 8, 12  # bits of a code, more bits for the HEAD largest
+LEAST, REST = 8, 16  # bits of the least log-probability, of the rest's
 CHUNK = 2**26  # logits at a time
 
 
@@ -54,7 +54,7 @@ class TopKCodec:
         """Bytes of a token with so many entries."""
         low = self._low(count)
         ids = count * (low + 1) + ((self.classes - 1) >> low)
-        return -(-(ids + count * COARSE + min(count, HEAD) * FINE + REST) // 8)
+        return -(-(ids + count * COARSE + min(count, HEAD) * FINE + LEAST + REST) // 8)
 
     def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[N, V] logits as bytes, one token after the other, and each token's place in ``counts`` [N], uint8."""
@@ -121,8 +121,9 @@ class TopKCodec:
 
     def _encode(self, ids: Tensor, logp: Tensor, rest: Tensor) -> Tensor:
         count, low = ids.shape[1], self._low(ids.shape[1])
+        least = (-logp[:, -1:]).div(RANGE).mul(2**LEAST - 1).ceil().clamp(1, 2**LEAST - 1).long()
         ids, order = ids.sort(-1)
-        unit = _unit(logp.gather(-1, order))
+        unit = (logp.gather(-1, order) / -_scale(least)).clamp(0, 1)
         high = (ids >> low) + torch.arange(count, device=ids.device)
         unary = torch.zeros(
             len(ids), count + ((self.classes - 1) >> low), dtype=torch.uint8, device=ids.device
@@ -132,15 +133,15 @@ class TopKCodec:
         coarse = (unit * steps).round().long()
         within = ((unit * steps - coarse + 0.5) * 2**FINE).long().clamp(0, 2**FINE - 1)
         fine = within.gather(-1, _head(coarse))
-        last = (_unit(rest) * (2**REST - 1)).round().long().unsqueeze(-1)
-        parts = ((ids, low), (coarse, COARSE), (fine, FINE), (last, REST))
+        last = ((-rest).clamp(0, RANGE).div(RANGE).sqrt() * (2**REST - 1)).round().long().unsqueeze(-1)
+        parts = ((ids, low), (coarse, COARSE), (fine, FINE), (least, LEAST), (last, REST))
         return packed(torch.cat([unary, *(_bits(*part) for part in parts)], -1))
 
     def _decode(self, strings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         low, head, steps = self._low(count), min(count, HEAD), 2**COARSE - 1
         bits = unpacked(strings)
-        lengths = [count + ((self.classes - 1) >> low), count * low, count * COARSE, head * FINE, REST]
-        unary, ids, coarse, fine, last = bits[:, : sum(lengths)].split(lengths, -1)
+        lengths = [count + ((self.classes - 1) >> low), count * low, count * COARSE, head * FINE, LEAST, REST]
+        unary, ids, coarse, fine, least, last = bits[:, : sum(lengths)].split(lengths, -1)
         high = unary.nonzero()[:, 1].view(-1, count) - torch.arange(count, device=bits.device)
         code = _integers(coarse, COARSE)
         unit = code / steps
@@ -148,18 +149,21 @@ class TopKCodec:
         place = _head(code)
         unit = unit.scatter(-1, place, ((code.gather(-1, place) + within) / steps).clamp(0, 1))
         rest = _integers(last, REST).squeeze(-1) / (2**REST - 1)
-        return (high << low) | _integers(ids, low), -RANGE * unit**2, -RANGE * rest**2
+        logp = -unit * _scale(_integers(least, LEAST))
+        return (high << low) | _integers(ids, low), logp, -RANGE * rest**2
 
 
-def log_error(logp: float, *, head: bool) -> float:
-    """The most by which a kept log-probability >= -RANGE may be wrong, before all are scaled to sum to one."""
-    half = 0.5 / ((2.0**COARSE - 1) * (2.0**FINE if head else 1))
-    unit = math.sqrt(-logp / RANGE)
-    return RANGE * half * (2 * unit + half)
+def log_error(least: float, *, head: bool) -> float:
+    """The most by which a kept log-probability may be wrong, before all are scaled to sum to one.
+
+    ``least`` is the token's smallest, down to -RANGE; ``head``: of its ``HEAD`` largest.
+    """
+    step = (RANGE / (2.0**LEAST - 1) - least) / (2.0**COARSE - 1)
+    return step / 2 / (2.0**FINE if head else 1.0)
 
 
-def _unit(logp: Tensor) -> Tensor:
-    return (-logp.float()).clamp(0, RANGE).div(RANGE).sqrt()
+def _scale(least: Tensor) -> Tensor:
+    return least * float(RANGE / (2.0**LEAST - 1))
 
 
 def _head(coarse: Tensor) -> Tensor:

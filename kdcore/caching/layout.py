@@ -178,5 +178,4 @@ def _spread(values: Tensor, live: Tensor | None, fill: Any) -> Tensor:
         return values
     whole = values.new_empty(live.numel(), *values.shape[1:])
     whole[:] = fill
-    whole[live.flatten()] = values
-    return whole
+    return whole.index_copy_(0, live.flatten().nonzero().flatten(), values)

@@ -7,7 +7,7 @@ token that the teacher certainly finds unlikely.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,18 +30,16 @@ def topk_rows(
     id then repeats another one's). The entries are the k, the student's `singled_out` largest of the tail, and
     the rest of both tails, whose ratio is constant. Computed in float32 (float64 stays); no gradient to the teacher.
     """
-    z = at_least_float32(student_logits) / temperature
-    z = z.clamp_min(torch.finfo(z.dtype).min / 4)  # an excluded class: a gradient of 0 instead of NaN
+    z = (
+        at_least_float32(student_logits)
+        if temperature == 1
+        else at_least_float32(student_logits) / temperature
+    )
     ids, present = topk.ids, ~topk.logp.isneginf()
     check(ids.shape[:-1] == z.shape[:-1], f"one top k per row of logits, {tuple(z.shape[:-1])}")
     check(ids.shape[-1] < z.shape[-1], f"{ids.shape[-1]} entries of {z.shape[-1]} leave no rest")
-    tail = z.scatter(-1, ids, float("-inf"))
     count = min(singled_out, z.shape[-1] - ids.shape[-1] - 1)
-    largest = tail.topk(count, -1)
-    rest = tail.scatter(-1, largest.indices, float("-inf")).logsumexp(-1, keepdim=True)
-    known = z.gather(-1, ids).masked_fill(~present, float("-inf"))
-    whole = torch.cat([known, largest.values, rest], -1)
-    log_q = (whole - whole.logsumexp(-1, keepdim=True)).clamp_min(NOTHING)
+    log_q = cast(Tensor, _Gathered.apply(z, ids, present, count))
     with torch.no_grad():
         head = topk.logp.to(z.dtype)
         cap = head.masked_fill(~present, 0.0).amin(-1, keepdim=True)
@@ -49,6 +47,53 @@ def topk_rows(
         log_p = torch.cat([head, log_tail], -1)
         log_p = (log_p - log_p.logsumexp(-1, keepdim=True)).clamp_min(NOTHING)
     return log_q, log_p
+
+
+class _Gathered(torch.autograd.Function):
+    """Log-probabilities ``[..., k + count + 1]`` of the ids, of the largest others, and of all others together.
+
+    Six passes over the logits, there and back. A backward pass that is to be differentiated itself is left to
+    autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, ids: Tensor, present: Tensor, count: int) -> Tensor:
+        top = z.amax(-1, keepdim=True)
+        weights = (z - top).exp_()
+        known = weights.gather(-1, ids) * present
+        weights.scatter_(-1, ids, 0.0)
+        largest = weights.topk(count, -1)
+        weights.scatter_(-1, largest.indices, 0.0)
+        rest = weights.sum(-1, keepdim=True)
+        whole = known.sum(-1, keepdim=True) + largest.values.sum(-1, keepdim=True) + rest
+        places = torch.cat([ids, largest.indices], -1)
+        own = z.gather(-1, places) - (top + whole.log())
+        live = torch.cat([present, torch.ones_like(largest.indices, dtype=torch.bool), rest > 0], -1)
+        ctx.save_for_backward(z, places, live, weights, rest, top, whole)
+        return torch.cat([own, (rest / whole).log()], -1).masked_fill_(~live, NOTHING)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        z, places, live, weights, rest, top, whole = ctx.saved_tensors
+        upstream = upstream * live
+        if torch.is_grad_enabled():
+            (gradient,) = torch.autograd.grad(_gathered(z, places, live), z, upstream, create_graph=True)
+            return gradient, None, None, None
+        total = upstream.sum(-1, keepdim=True)
+        q = (z.gather(-1, places) - top - whole.log()).exp()
+        least = torch.finfo(rest.dtype).tiny
+        gradient = weights * (upstream[..., -1:] / rest.clamp_min(least) - total / whole)
+        # an absent entry repeats another one's id: the normaliser's share is set once, the terms' own are added
+        gradient.scatter_(-1, places, -total * q).scatter_add_(-1, places, upstream[..., :-1])
+        return gradient, None, None, None
+
+
+def _gathered(z: Tensor, places: Tensor, live: Tensor) -> Tensor:
+    """The same in plain operators, for the derivatives of a derivative."""
+    rest = z.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
+    values = torch.cat([z.gather(-1, places), rest], -1)
+    whole = values.masked_fill(~live, float("-inf")).logsumexp(-1, keepdim=True)
+    return (values - whole).masked_fill(~live, NOTHING)
 
 
 def _capped(log_q: Tensor, rest: Tensor, cap: Tensor) -> Tensor:
