@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from kdcore.errors import InputError, KDError, cause, nearest
 from kdcore.kinds import Augmentation, FunctionLoss, Kind, Loss, Student, Teacher, frozen
 from kdcore.parts import Parts, Slot
 from kdcore.resolve import is_artefact, schema
-from kdcore.signature import Schema, import_string
 from kdcore.tables import LossTable, Recipe
 from kdcore.taps import Taps
 from kdcore.task import Task, check_alignment
@@ -41,14 +41,17 @@ class Builder:
     def make(self, kind: str, use: str, params: Mapping[str, Any], place: str) -> Any:
         """An instance of a component; its initial weights depend on the seed and its place alone."""
         target, found = schema(kind, use, f"{place}.use")
-        checked = found.validate({k: self._artefact(v, f"{place}.{k}") for k, v in params.items()}, place)
-        values = {key: self._value(found, key, value, f"{place}.{key}") for key, value in checked.items()}
+        given = {key: self._artefact(value, f"{place}.{key}") for key, value in params.items()}
+        values = found.fill(given, place, self._nested)
         if kind == "loss" and not inspect.isclass(target):
             instance: Any = FunctionLoss(target, found.tensors, values)
         else:
             torch.manual_seed(key_seed(self.seed, "weights", place))
             try:
                 instance = target(**values)
+            except InputError as error:  # a constructor says "teacher.checkpoint": it knows its kind alone
+                error.place = re.sub(rf"^{kind}(?=\.|$)", place, error.place or kind)
+                raise
             except KDError:
                 raise
             except Exception as error:  # a plugin's constructor may raise anything
@@ -59,17 +62,6 @@ class Builder:
             raise InputError(f"{place}.use", problem, hint=f"its class derives from kdcore.{wanted.__name__}")
         self.built[place.rpartition(".")[2]] = instance
         return instance
-
-    def _value(self, found: Schema, key: str, value: Any, place: str) -> Any:
-        if key not in found.params:
-            return value
-        if (inner := found.nested(key)) is not None:
-            if isinstance(value, list):
-                return [self._nested(inner, each, f"{place}.{i}") for i, each in enumerate(value)]
-            return self._nested(inner, value, place)
-        if found.is_callable(key) and isinstance(value, str):
-            return import_string(value, place)
-        return value
 
     def _nested(self, kind: str, value: Any, place: str) -> Any:
         if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """The catalogue, registry.toml: what packaging cannot know about each paper and its plugin.
 
-The wheel carries a copy beside this module; in a clone the file at the root is the one that is read.
+The wheel carries a copy beside this module; in a clone it is a link to the file at the root.
 """
 
 from __future__ import annotations
@@ -10,22 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).parent
+FILE = Path(__file__).parent / "registry.toml"
 
 
 @cache
 def methods() -> dict[str, dict[str, Any]]:
     """Every catalogued method by slug, as registry.toml has it; empty where there is no catalogue."""
-    for path in (_HERE / "registry.toml", _HERE.parent / "registry.toml"):
-        if path.is_file():
-            return {
-                entry["slug"]: entry for entry in tomllib.loads(path.read_text("utf-8")).get("method", [])
-            }
-    return {}
-
-
-def slugs() -> list[str]:
-    return sorted(methods())
+    text = FILE.read_text("utf-8") if FILE.is_file() else ""
+    return {entry["slug"]: entry for entry in tomllib.loads(text).get("method", [])}
 
 
 def method(slug: str) -> dict[str, Any] | None:
@@ -36,9 +28,7 @@ def how_to_get(entry: dict[str, Any]) -> str:
     """The command that installs a catalogued plugin today, or that there is none yet."""
     slug = entry["slug"]
     if entry.get("status") == "planned":
-        return (
-            f"kd-plugin-{slug} is catalogued as planned: it is not written yet (kd list --all shows the road)"
-        )
+        return f"kd-plugin-{slug} is planned: it is not written yet (kd list --all shows the road)"
     return f"pip install ./plugins/{slug} from a clone (kd-plugin-{slug} is not published yet)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata as metadata
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from kdcore import plugins
 
-PACKAGES = (
+TOLD = (
     "kdcore",
     "torch",
     "mmengine",
@@ -22,26 +23,27 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
+VARIABLES = ("KD_PLUGINS", "KD_DISABLE_PLUGINS", "OMP_NUM_THREADS", "WORLD_SIZE")
 
 
 def report(echo: Callable[[str], object]) -> int:
     """Print versions, devices, plugins and problems; returns the number of problems."""
+    import torch
+
     echo(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
-    for name in PACKAGES:
+    for name in TOLD:
         echo(f"  {name:<14}{_version(name) or 'not installed'}")
-    echo(_devices())
-    for variable in ("KD_PLUGINS", "KD_DISABLE_PLUGINS", "OMP_NUM_THREADS", "WORLD_SIZE"):
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    echo(f"devices: {', '.join(devices) or 'cpu only'}; torch uses {torch.get_num_threads()} threads")
+    for variable in VARIABLES:
         if variable in os.environ:
             echo(f"  {variable}={os.environ[variable]}")
     registry = plugins.registry()
-    echo(
-        f"plugins: {len(registry.entries) - len(registry.quarantine)} ready, {len(registry.blocked)} blocked"
-    )
-    problems = list(_problems(registry))
-    for problem in problems:
-        echo(f"problem: {problem}")
-    if not problems:
-        echo("no problems found")
+    ready = len(registry.entries) - len(registry.quarantine)
+    echo(f"plugins: {ready} ready, {len(registry.blocked)} blocked")
+    problems = [f"problem: {problem}" for problem in _problems(registry)]
+    for line in problems or ["no problems found"]:
+        echo(line)
     return len(problems)
 
 
@@ -52,23 +54,12 @@ def _version(name: str) -> str:
         return ""
 
 
-def _devices() -> str:
-    if importlib.util.find_spec("torch") is None:
-        return "devices: unknown without torch"
-    import torch
-
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"devices: {', '.join(names) or 'cpu only'}; torch uses {torch.get_num_threads()} threads"
-
-
 def _problems(registry: plugins.Registry) -> Iterator[str]:
     for fault in registry.quarantine:
         yield f"plugin {fault.entry.name} is in quarantine ({fault.phase}): {fault.error}"
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
-        yield (
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then install one"
-        )
+        remedy = "pip uninstall onnxruntime onnxruntime-gpu, then install one"
+        yield f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {remedy}"
     if importlib.util.find_spec("cv2") is not None:
         try:
             importlib.import_module("cv2")

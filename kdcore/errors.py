@@ -19,8 +19,9 @@ class KDError(Exception):
 class InputError(KDError):
     """The input was wrong: a recipe, an argument, a file, a plugin that the input names.
 
-    ``place`` is a dotted path into the recipe (``loss.0.temperature``), a file, or an argument. Whatever
-    is passed, ``str`` stays under 20 lines of printable text.
+    ``place`` is a dotted path into the recipe (``loss.0.temperature``), a file, or an argument. Where what
+    was given is a string and ``allowed`` are names, the hint is the nearest of them. Whatever is passed,
+    ``str`` stays under 20 lines of printable text.
     """
 
     exit_code = 2
@@ -34,23 +35,24 @@ class InputError(KDError):
         allowed: str | Iterable[Any] | None = None,
         hint: str | None = None,
     ) -> None:
+        names = [] if allowed is None or isinstance(allowed, str) else list(itertools.islice(allowed, 10_000))
+        if hint is None and isinstance(given, str):
+            hint = nearest(given, names)
         self.place, self.problem, self.hint, self.source = place, problem, hint, ""
-        self.given = None if given is _ABSENT else _short(given)
-        self.allowed = allowed if allowed is None or isinstance(allowed, str) else _listed(allowed)
+        self.given = None if given is _ABSENT else _shown(given)
+        self.allowed = allowed if isinstance(allowed, str) else _listed(names)
         super().__init__(problem)
 
+    def under(self, place: str) -> InputError:
+        """This error, raised by a part that stands at ``place``."""
+        self.place = ".".join(filter(None, (place, self.place)))
+        return self
+
     def __str__(self) -> str:
-        place, problem = _fit(self.place, 1, 200), _fit(self.problem, 8, 1500)
-        rows = [f"{place}: {problem}" if place else problem]
-        for label, text in (
-            ("in", self.source),
-            ("given", self.given),
-            ("allowed", self.allowed),
-            ("hint", self.hint),
-        ):
-            if text:
-                rows.append(f"  {label:<8}{_fit(text, 2, 1000)}")
-        return "\n".join(rows)
+        place, problem = _fit(self.place, 200), _fit(self.problem, 1500)
+        rows = {"in": self.source, "given": self.given, "allowed": self.allowed, "hint": self.hint}
+        shown = [f"  {label:<8}{_fit(text, 1000)}" for label, text in rows.items() if text]
+        return "\n".join([f"{place}: {problem}" if place else problem, *shown])
 
 
 class RunError(KDError):
@@ -63,9 +65,9 @@ class Interrupted(KDError):  # noqa: N818 - a run that saved its state and left 
     exit_code = 3
 
 
-def nearest(word: object, choices: Iterable[str]) -> str | None:
+def nearest(word: object, choices: Iterable[object]) -> str | None:
     """``"did you mean 'x'?"`` for the choice that is spelt most like ``word``, or None."""
-    text, names = str(word).lower(), {choice.lower(): choice for choice in choices}
+    text, names = str(word).lower(), {str(choice).lower(): str(choice) for choice in choices}
     found = difflib.get_close_matches(text, names, n=1, cutoff=0.6) if len(text) <= 100 else []
     return f"did you mean {names[found[0]]!r}?" if found else None
 
@@ -76,26 +78,22 @@ def cause(error: BaseException, limit: int = 300) -> str:
         text = str(error)
     except Exception:
         text = ""
-    return f"{type(error).__name__}: {_fit(' '.join(text.split()), 1, limit)}".removesuffix(": ")
+    return f"{type(error).__name__}: {_fit(text, limit)}".removesuffix(": ")
 
 
-def _listed(values: Iterable[Any], most: int = 50) -> str:
-    shown = [str(value) for value in itertools.islice(values, most + 1)]
-    return ", ".join([*shown[:most], "..."] if len(shown) > most else shown)
+def _listed(names: list[Any], most: int = 50) -> str:
+    return ", ".join([*map(str, names[:most]), *(["..."] if len(names) > most else [])])
 
 
-def _short(value: Any, limit: int = 200) -> str:
+def _shown(value: Any) -> str:
     try:
-        text = repr(value)
+        return _fit(repr(value), 200)
     except Exception:  # a value that cannot show itself, or nested too deeply
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return f"<{type(value).__name__}>"
 
 
-def _fit(text: object, lines: int, width: int) -> str:
-    """At most so many lines and characters, and nothing that a terminal would obey."""
-    rows = str(text).strip().splitlines() if lines > 1 else [str(text)]
-    shown = "\n".join(rows)
-    cut = "\n".join(rows[:lines])[:width]
-    clean = "".join(c if c.isprintable() or (c == "\n" and lines > 1) else ascii(c)[1:-1] for c in cut)
-    return clean if cut == shown else f"{clean} ..."
+def _fit(text: object, width: int) -> str:
+    """On one line, at most so wide, and nothing in it that a terminal would obey."""
+    line = " ".join(str(text).split())
+    clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:width])
+    return clean if len(line) <= width else f"{clean} ..."

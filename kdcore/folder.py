@@ -17,7 +17,7 @@ import tomli_w
 
 from kdcore.checkpoint import replacing
 from kdcore.errors import InputError, KDError
-from kdcore.source import LOCK, MADE_FROM, Source
+from kdcore.source import LOCK, MADE_FROM, Source, leaves
 
 DRAFT = re.compile(r"\..*\.tmp$")  # of a process that was killed while it wrote
 INSIDE = "$RUN/"  # how a path inside the run folder is written down, so that the folder may move
@@ -27,6 +27,8 @@ PLAIN = (str, bool, int, float, datetime.date, datetime.time)
 def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool:
     """Make the run folder with its lock, or join the run that is there. True where there was none before."""
     lock, tree = folder / LOCK, tomlable(source.tree)
+    # where modules beside the recipe are found when the run is resumed or exported
+    origin = f"{MADE_FROM}{source.folder}\n" if source.path and "\n" not in source.path else ""
     try:
         before = _read(lock)
         if before is not None:
@@ -41,7 +43,7 @@ def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool
         raise _unwritable(folder, error.strerror or "") from None
     try:
         with replacing(lock) as draft:
-            draft.write_text(_origin(source) + tomli_w.dumps(tree), "utf-8")
+            draft.write_text(origin + tomli_w.dumps(tree), "utf-8")
     except KDError as error:
         if made:
             discard(folder)
@@ -81,13 +83,11 @@ def placed(value: Any, folder: Path) -> Any:
 def beside(source: Source) -> Iterator[None]:
     """Import strings of a recipe may name modules beside it, while this block runs."""
     folder = str(source.folder)
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        if added and folder in sys.path:
+        with suppress(ValueError):  # somebody took it out already
             sys.path.remove(folder)
 
 
@@ -107,17 +107,11 @@ def tomlable(value: Any, place: str = "") -> Any:
     raise InputError(place, "a recipe holds numbers, strings, arrays and tables", given=value)
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """``train.epochs: 5 -> 6; ...``: what differs, empty where nothing does."""
-    rows = []
-    for key in sorted({*before, *now}):
-        here = f"{place}{key}"
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            rows.append(difference(old, new, f"{here}."))
-        elif old != new:
-            rows.append(f"{here}: {old!r} -> {new!r}")
-    return "; ".join(row for row in rows if row)
+    old, new = dict(leaves(before)), dict(leaves(now))
+    rows = ((place, old.get(place), new.get(place)) for place in sorted({*old, *new}))
+    return "; ".join(f"{place}: {was!r} -> {is_now!r}" for place, was, is_now in rows if was != is_now)
 
 
 def _may_join(
@@ -125,8 +119,7 @@ def _may_join(
 ) -> None:
     if not resume:
         raise InputError(str(folder), "this folder holds a run already", hint="--resume, or another --out")
-    changed = difference(before, now)
-    if changed and not force:
+    if not force and (changed := difference(before, now)):
         problem = f"the recipe changed since the run began: {changed}"
         raise InputError(str(folder), problem, hint="undo it, or --force")
 
@@ -138,11 +131,6 @@ def _read(lock: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise InputError(str(lock), "damaged: it is no TOML", hint="name another --out") from None
-
-
-def _origin(source: Source) -> str:
-    """Where modules beside the recipe are found when the run is resumed or exported."""
-    return f"{MADE_FROM}{source.folder}\n" if source.path and "\n" not in source.path else ""
 
 
 def _unwritable(folder: Path, reason: str) -> InputError:

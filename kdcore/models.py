@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcore.checkpoint import load_weights
 from kdcore.errors import InputError, KDError, cause
-from kdcore.kinds import Student, Teacher, as_outputs
+from kdcore.kinds import Kind, Student, Teacher, as_outputs
 from kdcore.signature import import_string, schema_of
 from kdcore.types import Batch, Outputs
 
@@ -27,17 +27,19 @@ def build_module(model: Callable[..., Any] | str, args: dict[str, Any], place: s
     except KDError:
         raise
     except Exception as error:  # somebody's model may raise anything
-        raise InputError(
-            f"{place}.args", f"{name} refused its arguments: {cause(error)}", given=args
-        ) from error
+        problem = f"{name} refused its arguments: {cause(error)}"
+        raise InputError(f"{place}.args", problem, given=args) from error
     if not isinstance(module, nn.Module):
         given = type(module).__name__
         raise InputError(f"{place}.model", f"{name} does not return a torch.nn.Module", given=given)
     return module
 
 
-class ModuleStudent(Student):
-    """A torch module as a student: called with the batch's ``inputs``; gives a tensor, a dict or Outputs."""
+class _Wrapped(Kind):
+    """What a student and a teacher that wrap any torch module have in common.
+
+    The module is called with the batch's ``inputs``; it gives a tensor, a dict of tensors or Outputs.
+    """
 
     def __init__(
         self,
@@ -48,10 +50,11 @@ class ModuleStudent(Student):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        self.module = build_module(model, args, "student")
+        kind = "student" if isinstance(self, Student) else "teacher"
+        self.module = build_module(model, args, kind)
         self.input_names = tuple(inputs)
         if checkpoint:
-            load_weights(self.module, checkpoint, "student.checkpoint")
+            load_weights(self.module, checkpoint, f"{kind}.checkpoint")
 
     @property
     def model(self) -> nn.Module:
@@ -59,6 +62,10 @@ class ModuleStudent(Student):
 
     def forward(self, batch: Batch) -> Outputs:
         return as_outputs(self.module(*(batch[name] for name in self.input_names)))
+
+
+class ModuleStudent(_Wrapped, Student):
+    """A torch module as a student: called with the batch's ``inputs``; gives a tensor, a dict or Outputs."""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.input_names}
@@ -67,30 +74,8 @@ class ModuleStudent(Student):
         return dict(self.module.state_dict())
 
 
-class ModuleTeacher(Teacher):
+class ModuleTeacher(_Wrapped, Teacher):
     """A torch module as a teacher, from ``checkpoint``, or trained by the recipe's ``train`` table."""
-
-    def __init__(
-        self,
-        *,
-        model: Callable[..., Any],
-        args: dict[str, Any] = {},  # noqa: B006
-        inputs: list[str] = ["input"],  # noqa: B006
-        checkpoint: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.module = build_module(model, args, "teacher")
-        self.input_names = tuple(inputs)
-        self.has_weights = bool(checkpoint)
-        if checkpoint:
-            load_weights(self.module, checkpoint, "teacher.checkpoint")
-
-    @property
-    def model(self) -> nn.Module:
-        return self.module
-
-    def forward(self, batch: Batch) -> Outputs:
-        return as_outputs(self.module(*(batch[name] for name in self.input_names)))
 
     def trainee(self) -> Student:
         return ModuleStudent(model=lambda: self.module, inputs=list(self.input_names))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcore.errors import InputError, cause, nearest
+from kdcore.errors import InputError, cause
 from kdcore.parts import Parts
+from kdcore.recipe import components
 from kdcore.signature import schema_of
 from kdcore.tables import Recipe, Use
 
@@ -20,12 +21,11 @@ def optimizer_of(
     table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str
 ) -> torch.optim.Optimizer:
     """A torch optimiser by name, its options checked against its signature."""
-    options = table.params if isinstance(table, Use) else dict(table)
-    use = table.use if isinstance(table, Use) else options.pop("use")
-    known = _known()
+    options = {"use": table.use, **table.params} if isinstance(table, Use) else dict(table)
+    use, known = options.pop("use"), _known()
     if use not in known:
         problem = "no such optimiser in torch.optim, or none that steps without a closure"
-        raise InputError(f"{place}.use", problem, given=use, hint=nearest(use, known))
+        raise InputError(f"{place}.use", problem, given=use, allowed=known)
     schema = schema_of(known[use], use)
     schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
     checked = schema.validate(options, place)
@@ -36,21 +36,17 @@ def optimizer_of(
 
 
 def _known() -> dict[str, type[torch.optim.Optimizer]]:
+    """torch's optimisers by name, without those whose step needs a closure (LBFGS)."""
     base = torch.optim.Optimizer
     classes = {n: v for n, v in vars(torch.optim).items() if inspect.isclass(v) and issubclass(v, base)}
-    empty = inspect.Parameter.empty
-    return {
-        name: each
-        for name, each in classes.items()
-        if each is not base and inspect.signature(each.step).parameters["closure"].default is not empty
-    }
+    return {name: each for name, each in classes.items() if name not in ("Optimizer", "LBFGS")}
 
 
 def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.optim.Optimizer]:
     """The optimisers of the components that step themselves, by component name."""
-    found = {}
+    found, places = {}, _places(parts)
     for name, component in parts.components():
-        place = f"{_place(parts, name)}.optimizer"
+        place = f"{places.get(name, name)}.optimizer"
         if component.own_optimizer is None:
             if name in tables:
                 problem = "this component is trained by the run's optimiser"
@@ -62,22 +58,16 @@ def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.o
     return found
 
 
-def _place(parts: Parts, name: str) -> str:
-    """A component's place in the recipe: losses and augmentations stand there by number."""
-    kind, _, own = name.partition(".")
-    names = {"loss": [slot.name for slot in parts.losses], "augmentation": list(parts.augmentations)}
-    return f"{kind}.{names[kind].index(own)}" if own in names.get(kind, []) else name
-
-
 def optimizer_tables(recipe: Recipe, parts: Parts) -> dict[str, Use]:
     """The recipe's ``optimizer`` tables by component name."""
-    tables: dict[str, Use] = {}
-    if recipe.router and recipe.router.optimizer:
-        tables["router"] = recipe.router.optimizer
-    for name, each in zip(parts.augmentations, recipe.augmentation, strict=True):
-        if each.optimizer:
-            tables[f"augmentation.{name}"] = each.optimizer
-    for slot, loss in zip(parts.losses, recipe.loss, strict=True):
-        if loss.optimizer:
-            tables[f"loss.{slot.name}"] = loss.optimizer
-    return tables
+    tables = {place: getattr(table, "optimizer", None) for place, _, table in components(recipe)}
+    return {name: table for name, place in _places(parts).items() if (table := tables.get(place))}
+
+
+def _places(parts: Parts) -> dict[str, str]:
+    """Component name -> place in the recipe: losses and augmentations stand there by number."""
+    augmentations = {
+        f"augmentation.{name}": f"augmentation.{i}" for i, name in enumerate(parts.augmentations)
+    }
+    losses = {f"loss.{slot.name}": f"loss.{i}" for i, slot in enumerate(parts.losses)}
+    return {"router": "router", **augmentations, **losses}

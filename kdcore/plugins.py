@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -44,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a plugin is in quarantine. Phases: import, light, hooks, declare, version."""
+    """Why a plugin is in quarantine. Phases: version, import, hooks, declare."""
 
     entry: Entry
     phase: str
@@ -70,47 +71,34 @@ class Registry:
     def find(self, kind: str, name: str, place: str = "use") -> tuple[Entry, Component]:
         """The component ``name`` (or ``distribution:name``) of a kind, or an error that says what to do."""
         distribution, _, bare = name.rpartition(":")
-        found = self.offers.get(kind, {}).get(bare, [])
-        if distribution:
-            found = [(e, c) for e, c in found if e.distribution == distribution]
+        offered = self.offers.get(kind, {})
+        found = [each for each in offered.get(bare, []) if distribution in ("", each[0].distribution)]
         if len(found) == 1:
             return found[0]
         if found:
-            full = [f"{e.distribution}:{bare}" for e, _ in found]
-            raise InputError(
-                place, f"{kind} {name!r} is offered by {len(found)} plugins", given=name, allowed=full
-            )
-        raise self._missing(kind, name, bare, place)
+            full = [f"{entry.distribution}:{bare}" for entry, _ in found]
+            problem = f"{kind} {name!r} is offered by {len(found)} plugins"
+            raise InputError(place, problem, given=name, allowed=full)
+        if trouble := self.trouble(bare.partition(".")[0]):
+            why, remedy = trouble
+            raise InputError(place, f"{kind} {name!r} {why}", given=name, hint=remedy)
+        if others := [other for other, names in self.offers.items() if bare in names]:
+            problem = f"{name!r} is a {others[0]}, not a {kind}"
+            raise InputError(place, problem, given=name, allowed=sorted(offered))
+        hint = nearest(name, [*offered, *catalog.methods()])
+        raise InputError(place, f"unknown {kind} {name!r}", given=name, allowed=sorted(offered), hint=hint)
 
-    def trouble(self, slug: str) -> str:
-        """Why an installed plugin of this name cannot be used: quarantine or block; empty where it can."""
+    def trouble(self, slug: str) -> tuple[str, str] | None:
+        """Why a plugin that is known by this name cannot be used here, and what to do about it."""
         for fault in self.quarantine:
             if fault.entry.name == slug:
-                return f"plugin {fault.entry.distribution} is in quarantine ({fault.phase}): {fault.error}"
+                why = f"is in quarantine ({fault.phase}): {fault.error}"
+                return why, "kd plugins shows it; mend or uninstall it"
         if any(entry.name == slug for entry in self.blocked):
-            return f"plugin {slug!r} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS"
-        return ""
-
-    def _missing(self, kind: str, name: str, bare: str, place: str) -> InputError:
-        slug = bare.split(".")[0]
-        if reason := self.trouble(slug):
-            hint = "unset the variable" if "KD_" in reason else "kd plugins shows it; mend or uninstall it"
-            return InputError(place, f"{kind} {name!r}: {reason}", given=name, hint=hint)
-        names = sorted(self.offers.get(kind, {}))
-        others = [k for k, offered in self.offers.items() if bare in offered]
-        if others:
-            return InputError(place, f"{name!r} is a {others[0]}, not a {kind}", given=name, allowed=names)
-        if not any(entry.name == slug for entry in self.entries) and (known := catalog.method(slug)):
-            return InputError(
-                place, f"{kind} {name!r} is not installed", given=name, hint=catalog.how_to_get(known)
-            )
-        return InputError(
-            place,
-            f"unknown {kind} {name!r}",
-            given=name,
-            allowed=names,
-            hint=nearest(name, [*names, *catalog.slugs()]),
-        )
+            return "is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS", "unset the variable"
+        if (known := catalog.method(slug)) and all(entry.name != slug for entry in self.entries):
+            return "is not installed", catalog.how_to_get(known)
+        return None
 
 
 @cache
@@ -121,22 +109,21 @@ def registry() -> Registry:
 
 def discover(entries: Iterable[Entry]) -> Registry:
     """Load each entry on its own and index what it declares."""
-    found, manager = Registry(offers={kind: {} for kind in HOOKS.values()}), pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(Declarations)
-    allow, block = _names("KD_PLUGINS"), _names("KD_DISABLE_PLUGINS") or frozenset()
-    for entry in sorted(entries, key=lambda e: (e.distribution != GROUP, e.name, e.distribution)):
-        if entry.distribution != GROUP and (
-            entry.name in block or (allow is not None and entry.name not in allow)
-        ):
-            found.blocked.append(entry)
-            continue
-        found.entries.append(entry)
-        declared = _load(entry, manager)
-        if isinstance(declared, Fault):
-            found.quarantine.append(declared)
-            continue
-        for kind, component in declared:
-            found.offers[kind].setdefault(component.name, []).append((entry, component))
+    found = Registry(offers={kind: {} for kind in HOOKS.values()})
+    allow, block = _names("KD_PLUGINS"), _names("KD_DISABLE_PLUGINS") or []
+    with _only_light():
+        for entry in sorted(entries, key=lambda e: (e.distribution != GROUP, e.name, e.distribution)):
+            allowed = entry.name not in block and (allow is None or entry.name in allow)
+            if not allowed and entry.distribution != GROUP:
+                found.blocked.append(entry)
+                continue
+            found.entries.append(entry)
+            declared = _load(entry)
+            if isinstance(declared, Fault):
+                found.quarantine.append(declared)
+                continue
+            for kind, component in declared:
+                found.offers[kind].setdefault(component.name, []).append((entry, component))
     return found
 
 
@@ -150,9 +137,9 @@ def load_target(component: Component, place: str = "use") -> Any:
         raise InputError(place, why, hint="reinstall the plugin, or install what the error names") from error
 
 
-def _names(variable: str) -> frozenset[str] | None:
+def _names(variable: str) -> list[str] | None:
     text = os.environ.get(variable)
-    return None if text is None else frozenset(name.strip() for name in text.split(",") if name.strip())
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _entry_points() -> list[Entry]:
@@ -169,31 +156,24 @@ def _entry(point: importlib.metadata.EntryPoint) -> Entry:
         return Entry(point.name, "unknown", "unknown", point.value)
 
 
-def _load(entry: Entry, manager: pluggy.PluginManager) -> list[tuple[str, Component]] | Fault:
+def _load(entry: Entry) -> list[tuple[str, Component]] | Fault:
+    """(kind, component) of all that a plugin declares, or why it cannot be used."""
     phase = "version"
     try:
         _check_version(entry)
-        phase = "import"
-        with _without_heavy_imports(), redirect_stdout(sys.stderr):  # --json must stay JSON
+        with redirect_stdout(sys.stderr):  # --json must stay JSON
+            phase = "import"
             module = importlib.import_module(entry.target)
-        phase = "light"
-        if heavy := _heavy_names(module):
-            raise ImportError(f"the module holds {heavy}: import it inside the component's own module")
-        phase = "hooks"
-        name = f"{entry.distribution}:{entry.name}"
-        manager.register(module, name)
-        try:
-            manager.check_pending()
-            if misspelt := _misspelt(module):
-                raise ValueError(f"no such hook: {misspelt}. {nearest(misspelt, HOOKS) or ''}")
+            phase = "hooks"
+            hooks = _hooked(module)
             phase = "declare"
-            return _declarations(entry, module)
-        except BaseException:
-            manager.unregister(name=name)
-            raise
+            return _declared(entry, hooks)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a plugin that exits must not end the program
+        name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if None in (sys.modules.get(name, name), sys.modules.get(name.partition(".")[0], name)):
+            return Fault(entry, phase, f"imports {name}: import it inside the component's own module")
         return Fault(entry, phase, cause(error))
 
 
@@ -202,11 +182,8 @@ def _check_version(entry: Entry) -> None:
     from kdcore import __version__
 
     for text in entry.requires:
-        at_least = re.fullmatch(r"kdcore\s*\(?>=\s*(\d+(?:\.\d+)*)\)?", text)
-        if at_least and _numbers(at_least[1]) <= _numbers(__version__):
-            continue  # what nearly every plugin says: packaging takes 40 ms to import
         if re.match(r"kdcore\b(?![-.])", text):
-            from packaging.requirements import Requirement
+            from packaging.requirements import Requirement  # takes 30 ms
 
             needed = Requirement(text)
             applies = needed.marker is None or needed.marker.evaluate({"extra": ""})
@@ -214,74 +191,49 @@ def _check_version(entry: Entry) -> None:
                 raise RuntimeError(f"needs kdcore{needed.specifier}, this is {__version__}")
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
-
-
 @contextmanager
-def _without_heavy_imports() -> Iterator[None]:
-    """Refuse the heavy modules while a light module is imported, so that listing stays quick."""
+def _only_light() -> Iterator[None]:
+    """Heavy modules, and those of kdcore that hold torch, cannot be imported here, also if they were before.
 
-    class Refuse:
-        @staticmethod
-        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-            if _top(name) in HEAVY:
-                raise ImportError(
-                    f"imports {name} at module level: a plugin's entry-point module must be light"
-                )
-
-    sys.meta_path.insert(0, Refuse)
+    An import fails where ``sys.modules`` has None. So what is found to be wrong with a plugin, and what it costs
+    to list it, never depends on what else the program has imported.
+    """
+    hidden = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in HEAVY or (name.startswith("kdcore.") and hasattr(module, "torch"))
+    }
+    sys.modules.update(dict.fromkeys([*HEAVY, *hidden]))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        sys.meta_path.remove(Refuse)
+        for name in HEAVY:
+            del sys.modules[name]
+        sys.modules.update(hidden)
 
 
-def _heavy_names(module: Any) -> str:
-    """A heavy module among the globals: how it shows when torch was already imported by somebody else.
-
-    What comes from another module of the plugin, or of kdcore, is heavy where that module holds a heavy one.
-    """
-    near = (module.__name__.partition(".")[0], GROUP)
-    for owner in _owners(module):
-        inner = _owners(sys.modules[owner]) if _top(owner) in near and owner in sys.modules else ()
-        if _top(owner) in HEAVY or any(_top(each) in HEAVY for each in inner):
-            return owner
-    return ""
-
-
-def _owners(module: Any) -> Iterator[str]:
-    """The modules that a module's globals are, or come from."""
+def _hooked(module: ModuleType) -> pluggy.HookRelay:
+    """The module's hooks, checked by pluggy; what looks like a hook must be one."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Declarations)
+    manager.register(module)
+    manager.check_pending()
+    hooks = {caller.name for caller in manager.get_hookcallers(module) or ()}
     for name, value in list(vars(module).items()):
-        owner = value.__name__ if type(value) is type(sys) else getattr(value, "__module__", None)
-        # a submodule hangs in its package as soon as anybody imports it: that says nothing of the package
-        if isinstance(owner, str) and owner not in (module.__name__, f"{module.__name__}.{name}", GROUP):
-            yield owner
+        if name.startswith("kd_") and callable(value) and name not in hooks:
+            hint = nearest(name, set(HOOKS) - {name}) or ""
+            raise ValueError(f"{name} is no hook, or is not marked with @hookimpl. {hint}")
+    return manager.hook
 
 
-def _top(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _misspelt(module: Any) -> str:
-    """A name that looks like a hook and is none, marked or not."""
-    public = (n for n, v in vars(module).items() if n.startswith("kd_") and callable(v))
-    return next((name for name in public if name not in HOOKS), "")
-
-
-def _declarations(entry: Entry, module: Any) -> list[tuple[str, Component]]:
+def _declared(entry: Entry, hooks: pluggy.HookRelay) -> list[tuple[str, Component]]:
     rows: list[tuple[str, Component]] = []
     for hook, kind in HOOKS.items():
-        function = getattr(module, hook, None)
-        if function is None:
-            continue
-        if not hasattr(function, f"{GROUP}_impl"):
-            raise TypeError(f"{hook} is not marked with @hookimpl")
-        with redirect_stdout(sys.stderr):
-            found = list(islice(function() or (), MOST + 1))
-        if len(found) > MOST:
-            raise ValueError(f"{hook} gives more than {MOST} components")
-        rows += [(kind, _checked(entry, hook, component)) for component in found]
+        for answer in getattr(hooks, hook)():
+            found = list(islice(answer, MOST + 1))
+            if len(found) > MOST:
+                raise ValueError(f"{hook} gives more than {MOST} components")
+            rows += [(kind, _checked(entry, hook, component)) for component in found]
     names = [(kind, component.name) for kind, component in rows]
     if doubled := {name for kind, name in names if names.count((kind, name)) > 1}:
         raise ValueError(f"declared twice: {', '.join(sorted(doubled))}")

@@ -11,6 +11,7 @@ from kdcore.errors import InputError
 from kdcore.hookspecs import GROUP
 from kdcore.recipe import NESTED_TABLES, components
 from kdcore.signature import Schema, import_string, schema_of
+from kdcore.source import leaves
 from kdcore.tables import Recipe, Use
 
 CORE_MODULES = ("kdcore.zoo", "kdcore.datasets")  # what --plugins-only allows of the core itself
@@ -23,16 +24,15 @@ def schema(kind: str, name: str, place: str = "use") -> tuple[Any, Schema]:
     try:
         return target, schema_of(target, component.name, is_loss=kind == "loss")
     except InputError as error:
-        error.place = error.place or place
+        error.under(place)
         raise
 
 
 def check_signatures(recipe: Recipe) -> None:
     """Phase two: every component's parameters against its signature. Imports only what the recipe names."""
     for place, kind, table in components(recipe):
-        found = _check(kind, table.use, stage_params(kind, table), place)
-        taken = set(type(table).model_fields) & set(found.params)
-        if taken:
+        found = _check(kind, {"use": table.use, **stage_params(kind, table)}, place)
+        if taken := set(type(table).model_fields) & set(found.params):
             names = ", ".join(sorted(taken))
             problem = f"{table.use!r} has parameters that the recipe's table takes for itself: {names}"
             raise InputError(place, problem, hint="the plugin must name them otherwise")
@@ -43,37 +43,16 @@ def stage_params(kind: str, table: Use) -> dict[str, Any]:
     return {k: v for k, v in table.params.items() if kind != "stage" or k not in NESTED_TABLES}
 
 
-def _check(kind: str, name: Any, params: Mapping[str, Any], place: str) -> Schema:
-    if not isinstance(name, str):
-        raise InputError(f"{place}.use", "wrong type", given=name, allowed="a string")
-    _, found = schema(kind, name, f"{place}.use")
-    given = {key: value for key, value in params.items() if not is_artefact(value)}
-    later = params.keys() - given.keys()  # their values are there when the stage starts
+def _check(kind: str, table: Mapping[str, Any], place: str) -> Schema:
+    """A component's parameters, and those of the components nested in it."""
+    if not isinstance(table["use"], str):
+        raise InputError(f"{place}.use", "wrong type", given=table["use"], allowed="a string")
+    _, found = schema(kind, table["use"], f"{place}.use")
+    later = {key for key, value in table.items() if is_artefact(value)}  # there when the stage starts
+    given = {key: value for key, value in table.items() if key != "use" and key not in later}
     found = replace(found, params={k: p for k, p in found.params.items() if k not in later})
-    found.validate(given, place)
-    for key, value in given.items():
-        _check_built(found, key, value, f"{place}.{key}")
+    found.fill(given, place, lambda *nested: _check(*nested) if isinstance(nested[1], Mapping) else None)
     return found
-
-
-def _check_built(found: Schema, key: str, value: Any, place: str) -> None:
-    """A parameter that ``Builder`` makes: a nested component, or what an import string names."""
-    kind = found.nested(key) if key in found.params else None
-    if isinstance(value, list) and kind:
-        for index, each in enumerate(value):
-            _check_built(found, key, each, f"{place}.{index}")
-    elif kind and isinstance(value, Mapping):
-        if "use" not in value:
-            raise InputError(place, f"a {kind} is a table with 'use'", given=value)
-        _check(kind, value["use"], {k: v for k, v in value.items() if k != "use"}, place)
-    elif kind and isinstance(value, str | int | float) and not str(value).startswith("@"):
-        raise InputError(place, "wrong type", given=value, allowed=f'a table with use (a {kind}), or "@name"')
-    elif key in found.params and found.is_callable(key) and isinstance(value, str):
-        import_string(value, place)
-    elif key in found.params and found.is_callable(key) and not callable(value):
-        raise InputError(
-            place, "wrong type", given=value, allowed="an import string, package.module:attribute"
-        )
 
 
 def is_artefact(value: Any) -> bool:
@@ -81,18 +60,12 @@ def is_artefact(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("@") and "." in value
 
 
-def refuse_code(tree: Any, place: str = "") -> None:
+def refuse_code(tree: Any) -> None:
     """--plugins-only: a recipe may name installed components, and functions of their packages, nothing else."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            refuse_code(value, f"{place}.{key}".strip("."))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            refuse_code(value, f"{place}.{index}")
-    elif isinstance(tree, str) and _names_code(tree, place):
-        raise InputError(
-            place, "names code, and --plugins-only allows installed components alone", given=tree
-        )
+    for place, value in leaves(tree):
+        if isinstance(value, str) and _names_code(value, place):
+            problem = "names code, and --plugins-only allows installed components alone"
+            raise InputError(place, problem, given=value)
 
 
 def _names_code(text: str, place: str) -> bool:

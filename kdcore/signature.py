@@ -7,7 +7,6 @@ parameters; the positional ones are tensors, bound by name (``kdcore.kinds.Funct
 from __future__ import annotations
 
 import collections.abc
-import functools
 import importlib
 import inspect
 import pkgutil
@@ -15,18 +14,26 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from kdcore.errors import InputError, cause, nearest
-from kdcore.validation import check_model, members
+from kdcore.tables import Table
+from kdcore.types import KINDS
+from kdcore.validation import check_model
 
 _EMPTY = inspect.Parameter.empty
-_KINDS = ("Teacher", "Student", "Router", "Loss", "Augmentation", "Stage", "Probe")
+
+
+class Parameters(Table):
+    """What the models of signatures have in common."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -40,80 +47,85 @@ class Schema:
     doc: str = ""
 
     @cached_property
-    def model(self) -> type[BaseModel]:
+    def model(self) -> type[Parameters]:
         """The pydantic model: strict types, unknown keys refused unless the callable takes any keyword.
 
         Its fields are aliases, so a parameter may have any name (``copy``, ``model_dump``, ``_x``).
         """
-        config = ConfigDict(
-            extra="allow" if self.open else "forbid",
-            strict=True,
-            arbitrary_types_allowed=True,
-            allow_inf_nan=False,
-        )
         fields: dict[str, Any] = {}
         for index, (name, p) in enumerate(self.params.items()):
+            annotation = Any if p.annotation is _EMPTY or _made(p.annotation) else p.annotation
             default = ... if p.default is _EMPTY else p.default
-            fields[f"p{index}"] = (_field_type(p.annotation), Field(default, alias=name))
-        title = "".join(c if c.isalnum() else "_" for c in self.name)
+            fields[f"p{index}"] = (annotation, Field(default, alias=name))
+        config = {"title": self.name, "extra": "allow" if self.open else "forbid"}
         try:
             with warnings.catch_warnings(action="ignore"):  # what an annotation means is its author's affair
-                return create_model(title, __config__=config, **fields)
+                model = create_model("Parameters", __base__=Parameters, __cls_kwargs__=config, **fields)
         except Exception as error:  # pydantic has many ways to say that it cannot use an annotation
             raise InputError("", f"{self.name}: its signature makes no schema: {cause(error)}") from error
+        model.noun = f"parameter of {self.name}"
+        return model
 
     def nested(self, name: str) -> str | None:
         """The kind in lower case, when ``name`` is typed as one or an array of one: it takes ``use``."""
-        return next(filter(None, map(_kind, _leaves(self.params[name].annotation))), None)
+        return next((each for each in _made(self.params[name].annotation) if each in KINDS), None)
 
     def is_callable(self, name: str) -> bool:
-        return any(each is collections.abc.Callable for each in _leaves(self.params[name].annotation))
+        return "callable" in _made(self.params[name].annotation)
 
     def validate(self, given: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """The parameters that were given, checked. Nested kinds and callables stay as text."""
-        if not self.open:
-            for key in given:
-                if key not in self.params:
-                    raise InputError(
-                        f"{place}.{key}",
-                        f"unknown parameter of {self.name}",
-                        given=given[key],
-                        allowed=sorted(self.params) or "none",
-                        hint=nearest(key, self.params),
-                    )
-        checked = check_model(self.model, given, place, self.name)
-        own = {name: f"p{index}" for index, name in enumerate(self.params)}
-        extra = checked.model_extra or {}
-        return {key: getattr(checked, own[key]) if key in own else extra[key] for key in given}
+        """``given`` checked and converted; defaults are left to the callable. InputError names the place."""
+        checked = dict(check_model(self.model, given, place))
+        fields = {name: f"p{index}" for index, name in enumerate(self.params)}
+        return {key: checked[fields.get(key, key)] for key in given}
+
+    def fill(
+        self, given: Mapping[str, Any], place: str, make: Callable[[str, Any, str], Any]
+    ) -> dict[str, Any]:
+        """``validate``, then what the parameters are called with: import strings are imported, and every
+        component that is typed here is what ``make(kind, table or reference, place)`` makes of it."""
+        return {
+            key: self._filled(key, value, f"{place}.{key}", make) if key in self.params else value
+            for key, value in self.validate(given, place).items()
+        }
+
+    def _filled(self, key: str, value: Any, place: str, make: Callable[[str, Any, str], Any]) -> Any:
+        kind = self.nested(key)
+        if kind and isinstance(value, list):
+            return [self._filled(key, each, f"{place}.{index}", make) for index, each in enumerate(value)]
+        if kind:
+            is_table, is_reference = isinstance(value, Mapping), str(value).startswith("@")
+            if (is_table and "use" not in value) or (
+                isinstance(value, str | int | float) and not is_reference
+            ):
+                allowed = f'a table with use (a {kind}), or "@name"'
+                raise InputError(place, "wrong type", given=value, allowed=allowed)
+            return make(kind, value, place)
+        if self.is_callable(key) and isinstance(value, str):
+            return import_string(value, place)
+        if self.is_callable(key) and value is not None and not callable(value):
+            allowed = "an import string, package.module:attribute"
+            raise InputError(place, "wrong type", given=value, allowed=allowed)
+        return value
 
 
 def schema_of(target: Callable[..., Any], name: str, *, is_loss: bool = False) -> Schema:
     """The schema of a class or function. ``is_loss``: a function's positional arguments are tensors."""
     try:
-        function = _function(target)
-        parameters = list(inspect.signature(function).parameters.values())
-        hints = _hints(function)
+        parameters = _parameters(target)
     except (ValueError, TypeError) as error:
         raise InputError("", f"{name}: its signature cannot be read: {cause(error)}") from error
-    if inspect.isclass(target):
-        parameters = parameters[1:]
-    parameters = [p.replace(annotation=hints.get(p.name, _untyped(p))) for p in parameters]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    takes_tensors = is_loss and not inspect.isclass(target)
-    tensors = [p for p in parameters if p.kind in positional] if takes_tensors else []
-    for each in tensors:
+    positional = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    doc = inspect.getdoc(target) or ""
+    if not is_loss or inspect.isclass(target):
+        return Schema(name, {**positional, **keywords}, (), is_open, doc)
+    for each in positional.values():
         if each.default is not _EMPTY and each.default is not None:
-            raise InputError(
-                "", f"{name}: {each.name!r} has a default: a loss function's parameters follow a *"
-            )
-    wanted = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, *positional) and p not in tensors]
-    return Schema(
-        name,
-        {p.name: p for p in wanted},
-        tuple(p.name for p in tensors),
-        any(p.kind is p.VAR_KEYWORD for p in parameters),
-        inspect.getdoc(target) or "",
-    )
+            problem = f"{name}: {each.name!r} has a default: a loss function's parameters follow a *"
+            raise InputError("", problem)
+    return Schema(name, keywords, tuple(positional), is_open, doc)
 
 
 def import_string(text: Any, place: str) -> Any:
@@ -122,91 +134,59 @@ def import_string(text: Any, place: str) -> Any:
     if not module or not attribute:
         raise InputError(place, "not an import string", given=text, allowed="package.module:attribute")
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            if not hasattr(found, part):
-                names = [n for n in dir(found) if not n.startswith("_")]
-                raise InputError(place, f"{module!r} has no {part!r}", given=text, hint=nearest(part, names))
-            found = getattr(found, part)
-    except InputError as error:
-        error.place = error.place or place
-        raise
+        return attrgetter(attribute)(importlib.import_module(module))
     except (Exception, SystemExit) as error:  # somebody's module may raise anything
-        hint = _near_module(module) if isinstance(error, ModuleNotFoundError) else None
-        raise InputError(place, f"cannot import {module!r}: {cause(error)}", given=text, hint=hint) from error
-    return found
+        raise InputError(place, f"cannot import: {cause(error)}", given=text, hint=_near(error)) from error
 
 
-def _near_module(name: str) -> str | None:
-    """A hint for the first part of a dotted module name that does not exist."""
-    paths: Any = None
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        names = [m.name for m in pkgutil.iter_modules(paths)]
-        if part not in names:
-            return nearest(".".join(parts[: index + 1]), [".".join([*parts[:index], n]) for n in names])
-        paths = getattr(sys.modules.get(".".join(parts[: index + 1])), "__path__", [])
-    return None
+def _near(error: BaseException) -> str | None:
+    """The nearest spelling of a module or an attribute that an import did not find."""
+    if isinstance(error, AttributeError):
+        return nearest(error.name, dir(error.obj))
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    parent, dot, _ = (error.name or "").rpartition(".")
+    folders = getattr(sys.modules.get(parent), "__path__", []) if parent else None
+    return nearest(error.name, [module.name for module in pkgutil.iter_modules(folders, parent + dot)])
 
 
-def _function(target: Callable[..., Any]) -> Callable[..., Any]:
-    """The function whose arguments count; a class without an ``__init__`` of its own takes none."""
-    if not inspect.isclass(target):
-        return target
-    owner = next(each for each in inspect.getmro(target) if "__init__" in vars(each))
-    # by its owner: some libraries put a function of their own in the place of torch.nn.Module.__init__
-    inherited = owner is object or (owner.__module__, owner.__name__) == ("torch.nn.modules.module", "Module")
-    return (lambda self: None) if inherited else target.__init__
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations, resolved; one that does not (a name under TYPE_CHECKING) leaves the others be."""
-    while isinstance(function, functools.partial):
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters with their annotations resolved; one that does not resolve counts as untyped."""
+    function: Any = target
+    if inspect.isclass(target):
+        owner = next(each for each in inspect.getmro(target) if "__init__" in vars(each))
+        # by its owner: some libraries put a function of their own in the place of torch.nn.Module.__init__
+        if owner is object or (owner.__module__, owner.__name__) == ("torch.nn.modules.module", "Module"):
+            return []  # no __init__ of its own
+        function = target.__init__
+    parameters = list(inspect.signature(function).parameters.values())
+    while isinstance(function, partial):
         function = function.func
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    wanted = parameters[1:] if inspect.isclass(target) else parameters
+    return [p.replace(annotation=_resolved(p.annotation, scope)) for p in wanted]
+
+
+def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
+    holder = types.SimpleNamespace(__annotations__={"it": annotation})
     try:
-        return typing.get_type_hints(function, include_extras=True)
-    except Exception:
-        function = inspect.unwrap(function)
-        each = getattr(function, "__annotations__", {})
-        scope = getattr(function, "__globals__", {})
-        return dict(item for name, text in each.items() for item in _hint(name, text, scope))
+        return typing.get_type_hints(holder, scope, include_extras=True)["it"]
+    except Exception:  # a name under TYPE_CHECKING, or somebody's nonsense: untyped is better than refused
+        return _EMPTY
 
 
-def _hint(name: str, text: Any, scope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    holder = types.SimpleNamespace(__annotations__={name: text})
-    try:
-        yield from typing.get_type_hints(holder, scope, include_extras=True).items()
-    except Exception:  # third-party annotations may be anything: untyped is better than refused
-        return
+def _made(annotation: Any) -> list[str]:
+    """What a value of this type is made of in a recipe: a "callable", or components of a kind, by its name.
 
-
-def _untyped(parameter: inspect.Parameter) -> Any:
-    return _EMPTY if isinstance(parameter.annotation, str) else parameter.annotation
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    """The plain types inside unions, Annotated and containers; every Callable[...] as Callable."""
-    found = []
-    for each in members(annotation):
-        origin, inner = typing.get_origin(each), typing.get_args(each)
-        if collections.abc.Callable in (each, origin):
-            found.append(collections.abc.Callable)
-        elif origin in (list, tuple, collections.abc.Sequence):
-            found += [leaf for part in inner for leaf in _leaves(part)]
-        else:
-            found.append(each)
-    return found
-
-
-def _kind(annotation: Any) -> str | None:
-    """``loss`` for the class Loss or one that is derived from it, and so on for each kind."""
+    Looks into unions, Annotated and arrays. A class derived from a kind counts as that kind.
+    """
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if collections.abc.Callable in (annotation, origin):
+        return ["callable"]
+    if origin in (typing.Union, types.UnionType, list, tuple, collections.abc.Sequence):
+        return [each for part in inner for each in _made(part)]
+    if origin is typing.Annotated:
+        return _made(inner[0])
     bases = inspect.getmro(annotation) if inspect.isclass(annotation) else ()
-    return next(
-        (b.__name__.lower() for b in bases if b.__module__ == "kdcore.kinds" and b.__name__ in _KINDS), None
-    )
-
-
-def _field_type(annotation: Any) -> Any:
-    """What pydantic checks: anything, where ``Builder`` still has to import or build what was given."""
-    built = (each is collections.abc.Callable or _kind(each) for each in _leaves(annotation))
-    return Any if annotation is _EMPTY or any(built) else annotation
+    names = [base.__name__.lower() for base in bases if base.__module__ == "kdcore.kinds"]
+    return [name for name in names if name in KINDS][:1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import re
+import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,9 @@ from kdcore.errors import InputError, cause, nearest
 from kdcore.hookspecs import GROUP
 
 MAX_BYTES = 1_000_000
+MAX_LOCATED = 20_000  # characters; in a longer file, places are not looked up as lines
 LOCK = "recipe.lock.toml"  # a run folder's copy of its recipe; its first line says where the recipe stood
 MADE_FROM = "# made from a recipe in "
-_KEY = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
-_HEADER = re.compile(rf"(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]\]?\s*(?:#.*)?")
-_VALUE = re.compile(rf"({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,12 @@ def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
     if isinstance(where, Mapping):
         source = Source(_copied(where), overrides=given)
     else:
-        path = _resolve(os.fspath(where))
-        text = _text(path)
-        try:
-            source = Source(tomllib.loads(text), str(path), text, given)
-        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-            raise InputError(str(path), f"not valid TOML: {cause(error)}") from None
-        source.tree.setdefault("name", _title(path.stem))
-    for text in given:
-        override(source.tree, text)
+        path = _find(os.fspath(where))
+        text, tree = _parsed(path)
+        title = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-_.")[:80]
+        source = Source({"name": title or "run", **tree}, str(path), text, given)
+    for each in given:
+        override(source.tree, each)
     return source
 
 
@@ -69,126 +65,51 @@ def located(error: InputError, source: Source) -> InputError:
         if steps[: len(path)] == path:
             error.source = f"the override {text}"
             return error
-    line = _line(source.text, steps)
+    line = _line(source.text, steps) if len(source.text) <= MAX_LOCATED else None
     error.source = f"{source.path}, line {line}" if line else source.path
     return error
 
 
 def recipes_of(slug: str) -> list[Path]:
     """The recipes (TOML files) beside an installed plugin's entry-point module, by name."""
-    found: set[Path] = set()
-    for entry in plugins.registry().entries:
-        if entry.name == slug and entry.distribution != GROUP:
-            folders = _package_folders(entry.target)
-            found |= {path for folder in folders for path in Path(folder).glob("*.toml")}
-    return sorted(found)
+    targets = [e.target for e in plugins.registry().entries if e.name == slug and e.distribution != GROUP]
+    folders = {each for name in targets for each in getattr(sys.modules.get(name), "__path__", [])}
+    return sorted(path for folder in folders for path in Path(folder).glob("*.toml"))
 
 
-def _package_folders(module: str) -> list[str]:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):  # a plugin in quarantine may be anything
-        return []
-    return list(spec.submodule_search_locations or []) if spec else []
-
-
-def _resolve(where: str) -> Path:
-    try:
-        path = Path(where).expanduser()
-        folder = path.is_dir()
-        if path.exists() and not folder:
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(where, f"not a usable path: {cause(error)}") from None
-    slug, _, name = where.partition(":")
-    for each in recipes_of(slug):
-        if not name or each.stem == name:
-            return each
-    if folder:
-        raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
-    raise _no_recipe(where, slug, name)
-
-
-def _no_recipe(where: str, slug: str, name: str) -> InputError:
-    """What to say of a name that is neither a file nor a plugin's recipe."""
-    registry = plugins.registry()
-    if reason := registry.trouble(slug):
-        return InputError(where, reason, hint="kd plugins shows it")
-    names = [path.stem for path in recipes_of(slug)]
-    if names:
-        return InputError(
-            where, f"plugin {slug!r} has no recipe {name!r}", allowed=names, hint=nearest(name, names)
-        )
-    if any(entry.name == slug for entry in registry.entries) or any(
-        slug in offered for offered in registry.offers.values()
-    ):
-        return InputError(
-            where, f"{slug!r} is installed and brings no recipe", hint="name a .toml file that uses it"
-        )
-    if known := catalog.method(slug):
-        return InputError(where, f"{slug!r} is not installed", hint=catalog.how_to_get(known))
-    near = nearest(where, [*(entry.name for entry in registry.entries), *catalog.slugs()])
-    help_text = near or nearest(where, (str(path) for path in Path().glob("*.toml")))
-    return InputError(
-        where,
-        "no such recipe",
-        allowed="a path to a .toml file, or SLUG:RECIPE of an installed plugin",
-        hint=help_text,
-    )
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise InputError(str(path), "too large for a recipe", allowed=f"at most {MAX_BYTES} bytes")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _title(stem: str) -> str:
-    """A file's name as a run's name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).lstrip("-_.")[:80] or "run"
-
-
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return copy.deepcopy(dict(tree))
-    except Exception as error:
-        raise InputError("", f"the recipe cannot be copied: {cause(error)}") from None
+def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, value) of every value, and every empty table or array, in nested tables and arrays."""
+    is_table = isinstance(tree, Mapping)
+    if not tree or not (is_table or isinstance(tree, list)):
+        yield place, tree
+        return
+    for key, value in tree.items() if is_table else enumerate(tree):
+        yield from leaves(value, f"{place}.{key}" if place else str(key))
 
 
 def override(tree: dict[str, Any], text: str) -> None:
     """Apply ``train.epochs=5`` or ``loss.0.temperature=2`` in place; a value that is no TOML is a string."""
     path, equals, value = text.partition("=")
-    steps = path.strip().split(".")
+    *parents, last = steps = path.strip().split(".")
     if not equals or not all(steps):
         raise InputError(text, "not an override", allowed="key.path=value, for example train.epochs=5")
     node: Any = tree
-    for depth, step in enumerate(steps):
-        last = depth == len(steps) - 1
-        key: Any = step
-        if isinstance(node, list):
-            key = _position(step, len(node), path)
-        elif not isinstance(node, dict):
-            raise InputError(path, f"{'.'.join(steps[:depth])} is a value, not a table", given=node)
-        if last:
-            node[key] = _value(value)
-        else:
-            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+    for step in parents:
+        key = _key(node, step, path)
+        node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+    node[_key(node, last, path)] = _value(value)
 
 
-def _position(step: str, length: int, path: str) -> int:
-    found = int(step) if step.isascii() and step.isdigit() and len(step) < 10 else length
-    if found >= length:
-        allowed = f"0 to {length - 1}" if length else "none: the array is empty"
+def _key(node: Any, step: str, path: str) -> Any:
+    """A step of an override as the key or index of the table or array that it is taken in."""
+    if isinstance(node, dict):
+        return step
+    if not isinstance(node, list):
+        raise InputError(path, f"there is no {step} in a value that is no table", given=node)
+    if step not in map(str, range(len(node))):
+        allowed = f"0 to {len(node) - 1}" if node else "none: the array is empty"
         raise InputError(path, f"there is no number {step} here", allowed=allowed)
-    return found
+    return int(step)
 
 
 def _value(text: str) -> Any:
@@ -199,36 +120,90 @@ def _value(text: str) -> Any:
     return tree["v"] if len(tree) == 1 else text
 
 
+def _find(where: str) -> Path:
+    """The file that is meant, by its path or as a plugin's recipe."""
+    try:
+        path = Path(where).expanduser()
+        is_folder = path.is_dir()
+        if path.exists() and not is_folder:
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(where, f"not a usable path: {cause(error)}") from None
+    slug, _, name = where.partition(":")
+    recipes = {each.stem: each for each in recipes_of(slug)}
+    if recipes and name in ("", *recipes):
+        return recipes[name or next(iter(recipes))]
+    if recipes:
+        problem = f"plugin {slug!r} has no recipe {name!r}"
+        raise InputError(where, problem, allowed=recipes, hint=nearest(name, recipes))
+    if is_folder:
+        raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
+    raise _no_recipe(where, slug)
+
+
+def _no_recipe(where: str, slug: str) -> InputError:
+    registry = plugins.registry()
+    if trouble := registry.trouble(slug):
+        why, remedy = trouble
+        return InputError(where, f"{slug!r} {why}", hint=remedy)
+    names = [entry.name for entry in registry.entries] + [c.name for _, _, c in registry.components()]
+    if slug in names:
+        problem = f"{slug!r} is installed and brings no recipe"
+        return InputError(where, problem, hint="name a .toml file that uses it")
+    allowed = "a path to a .toml file, or SLUG:RECIPE of an installed plugin"
+    hint = nearest(where, [*names, *catalog.methods(), *Path().glob("*.toml")])
+    return InputError(where, "no such recipe", allowed=allowed, hint=hint)
+
+
+def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text and tree."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise InputError(str(path), "too large for a recipe", allowed=f"at most {MAX_BYTES} bytes")
+        text = raw.decode("utf-8-sig")
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        what = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "valid TOML"
+        raise InputError(str(path), f"not {what}: {cause(error)}") from None
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return copy.deepcopy(dict(tree))
+    except Exception as error:
+        raise InputError("", f"the recipe cannot be copied: {cause(error)}") from None
+
+
 def _line(text: str, steps: list[str]) -> int | None:
-    """The line of the deepest part of a dotted place that can be found in the text (1-based)."""
-    best, seen = None, 0
-    header: list[str] = []
-    counts: dict[tuple[str, ...], int] = {}
-    for number, row in enumerate(text.splitlines(), 1):
-        row = row.strip()
-        if match := _HEADER.fullmatch(row):
-            here = header = _header(_parts(match[2]), match[1] == "[[", counts)
-        elif match := _VALUE.match(row):
-            here = [*header, *_parts(match[1])]
-        else:
+    """The line (1-based) where the statement begins that brings the deepest part of a place that there is.
+
+    What a TOML file begins with is a TOML file too, so its beginnings are read until one holds the place.
+    """
+    lines = text.splitlines(keepends=True)
+    deepest = _depth(tomllib.loads(text), steps)
+    starts = [n for n, line in enumerate(lines) if "=" in line or line.lstrip().startswith("[")]
+    first = None
+    for start, end in pairwise([*starts, len(lines)]):
+        first = start if first is None else first
+        try:
+            tree = tomllib.loads("".join(lines[:end]))
+        except ValueError:  # a statement of several lines, cut
             continue
-        if here == steps[: len(here)] and len(here) > seen:
-            best, seen = number, len(here)
-    return best
+        if deepest and _depth(tree, steps) == deepest:
+            return first + 1
+        first = None
+    return None
 
 
-def _header(parts: list[str], double: bool, counts: dict[tuple[str, ...], int]) -> list[str]:
-    """The place of a header: with the number of each array's table that it stands in."""
-    here: list[str] = []
-    for index, part in enumerate(parts):
-        here.append(part)
-        key = tuple(here)
-        if double and index == len(parts) - 1:
-            counts[key] = counts.get(key, -1) + 1
-        if key in counts:
-            here.append(str(counts[key]))
-    return here
-
-
-def _parts(dotted: str) -> list[str]:
-    return [part.strip("\"'") for part in re.findall(_KEY, dotted)]
+def _depth(tree: Any, steps: list[str]) -> int:
+    """How many of the steps lead somewhere."""
+    for depth, step in enumerate(steps):
+        try:
+            tree = tree[int(step)] if isinstance(tree, list) else tree[step]
+        except (LookupError, TypeError, ValueError):
+            return depth
+    return len(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,15 +14,16 @@ Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length
 
 
 class Table(BaseModel):
-    """A table whose keys are all known."""
+    """A table whose keys are all known, unless a derived one allows extra keys."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    noun: ClassVar[str] = "key of the recipe"  # what an unknown one is called
 
 
 class Use(Table):
     """A table that names a component (or an optimiser); its other keys are that component's parameters."""
 
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     use: str = Field(min_length=1)
 
     @property
@@ -121,6 +122,12 @@ class TrainTable(Table):
     checkpoint_every: Positive | None = None
     keep: Literal["last", "best"] = "last"
 
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainTable:
+        if self.epochs and self.steps:
+            raise ValueError("epochs and steps are both given: keep one")
+        return self
+
 
 class TaskTable(Table):
     use: Literal["classification", "language", "regression", "segmentation", "own", "none"] = "classification"
@@ -139,6 +146,7 @@ class ReportTable(Table):
 class Recipe(Table):
     """A whole recipe. See docs/recipes.md for each key."""
 
+    model_config = ConfigDict(title="the recipe")
     name: Title = "run"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

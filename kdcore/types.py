@@ -61,19 +61,12 @@ def conventions(
     may compute from a teacher's top k (``Outputs.topk``) instead of its logits.
     """
 
+    declared = dict(locals())  # the arguments, by name
+
     def mark(function: F) -> F:
-        for key, value in declared.items():
-            setattr(function, key, value)
+        vars(function).update(declared)
         return function
 
-    declared = {
-        "hard_term": hard_term,
-        "t_squared": t_squared,
-        "zero_at_teacher": zero_at_teacher,
-        "couples_batch": couples_batch,
-        "mean_over_classes": mean_over_classes,
-        "topk": topk,
-    }
     return mark
 
 
@@ -192,15 +185,11 @@ class Outputs:
     rows: Tensor | None = None
 
     def __getitem__(self, name: str) -> Any:
-        value = self.tensors.get(name)
-        if value is None and name in _FIELDS:
-            value = getattr(self, name)
-        if value is None:
-            have = sorted([*self.tensors, *(n for n in _FIELDS if getattr(self, n) is not None)])
-            raise KDError(
-                f"the model gives no {name!r}; it gives {have}. {nearest(name, have) or ''}".strip()
-            )
-        return value
+        if name not in self:
+            have = sorted([*self.tensors, *(n for n in _FIELDS if n in self)])
+            hint = nearest(name, have) or ""
+            raise KDError(f"the model gives no {name!r}; it gives {have}. {hint}".strip())
+        return self.tensors[name] if name in self.tensors else getattr(self, name)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors or (name in _FIELDS and getattr(self, name) is not None)
@@ -208,33 +197,30 @@ class Outputs:
     def named(self) -> Iterator[tuple[str, Any]]:
         """Every tensor that is there, by name."""
         for name in ("logits", "mask", "target"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
+            if name in self:
+                yield name, self[name]
         yield from self.tensors.items()
-
-    def _map(self, change: Callable[[Any], Any]) -> Outputs:
-        def each(value: Any) -> Any:
-            if isinstance(value, tuple):  # Unembed, TopK: only [B, ...] members change
-                return value
-            return None if value is None else change(value)
-
-        plain = {n: each(getattr(self, n)) for n in ("logits", "mask", "target")}
-        return replace(self, **plain, tensors={k: each(v) for k, v in self.tensors.items()})
 
     def at(self, index: Any) -> Outputs:
         """The same outputs for some samples of the first axis (slice, bool or int64 index)."""
-        unembed = self.unembed and self.unembed._replace(hidden=self.unembed.hidden[index])
-        topk = self.topk and TopK(*(part[index] for part in self.topk))
-        return replace(self._map(lambda v: v[index]), unembed=unembed, topk=topk, rows=None)
+        head = self.unembed and self.unembed._replace(hidden=self.unembed.hidden[index])
+        taken = replace(self, unembed=None, rows=None)._map(lambda tensor: tensor[index])
+        return replace(taken, unembed=head)
 
     def detach(self) -> Outputs:
-        tensors = {
-            k: v.detach()
-            for k, v in (self.unembed._asdict() if self.unembed else {}).items()
-            if hasattr(v, "detach")
-        }
-        unembed = self.unembed and self.unembed._replace(**tensors)
-        return replace(self._map(lambda v: v.detach() if hasattr(v, "detach") else v), unembed=unembed)
+        return self._map(lambda tensor: tensor.detach())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        return replace(self, **{f.name: _each(getattr(self, f.name), change) for f in fields(self)})
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` of a tensor, and of all tensors in a dict or a named tuple."""
+    if isinstance(value, dict):
+        return {name: _each(part, change) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(_each(part, change) for part in value))
+    return change(value) if hasattr(value, "detach") else value
 
 
 _FIELDS = frozenset(f.name for f in fields(Outputs)) - {"tensors"}

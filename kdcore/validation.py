@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kdcore.errors import InputError, nearest
+from kdcore.tables import Table
 
-M = TypeVar("M", bound=BaseModel)
-# what a recipe's author writes, in TOML's names
-_EXPECTED = {
-    "bool_type": "true or false",
-    "dict_type": "a table",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "an integer",
-    "list_type": "an array",
-    "model_type": "a table",
-    "string_type": "a string",
-    "tuple_type": "an array",
+M = TypeVar("M", bound=Table)
+# pydantic's type of error -> what is wrong, and what is allowed, in the names that TOML has
+_WORDS = {
+    "bool_type": ("wrong type", "true or false"),
+    "dict_type": ("wrong type", "a table"),
+    "model_type": ("wrong type", "a table"),
+    "float_type": ("wrong type", "a number"),
+    "int_type": ("wrong type", "an integer"),
+    "list_type": ("wrong type", "an array"),
+    "tuple_type": ("wrong type", "an array"),
+    "string_type": ("wrong type", "a string"),
+    "finite_number": ("not finite", "a finite number"),
+    "greater_than": ("out of range", "> {gt}"),
+    "greater_than_equal": ("out of range", ">= {ge}"),
+    "less_than": ("out of range", "< {lt}"),
+    "less_than_equal": ("out of range", "<= {le}"),
+    "literal_error": ("not one of the choices", "{expected}"),
 }
-_BOUNDS = {
-    "greater_than": (">", "gt"),
-    "greater_than_equal": (">=", "ge"),
-    "less_than": ("<", "lt"),
-    "less_than_equal": ("<=", "le"),
-}
 
 
-def check_model(model: type[M], given: Mapping[str, Any], place: str, what: str) -> M:
+def check_model(model: type[M], given: Mapping[str, Any], place: str) -> M:
     """``given`` as the model has it, or an InputError that names the place.
 
     Types are strict, but what TOML cannot write is taken as JSON has it: an array for a tuple or a set, a
@@ -42,97 +43,67 @@ def check_model(model: type[M], given: Mapping[str, Any], place: str, what: str)
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        first = error
+        problem = error
     try:
         return model.model_validate_json(json.dumps(given))
     except ValidationError as error:
-        raise _in_words(error, model, given, place, what) from None
+        problem = error
     except (TypeError, ValueError, RecursionError):  # holds what JSON has not: the first complaint stands
-        raise _in_words(first, model, given, place, what) from None
+        pass
+    raise _in_words(problem, model, given).under(place)
 
 
-def members(annotation: Any) -> list[Any]:
-    """The alternatives of a union, with Annotated taken off."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [m for each in typing.get_args(annotation) for m in members(each)]
-    return [annotation]
+def _in_words(error: ValidationError, model: type[Table], given: Mapping[str, Any]) -> InputError:
+    """The complaint that helps most. Of a union's members all complain: the one that came furthest was meant."""
+    found = [_translated(row, model, given) for row in error.errors(include_url=False)]
+    first = max(found, key=_weight)
+    alike = [each.allowed for each in found if (each.place, each.problem) == (first.place, first.problem)]
+    first.allowed = " or ".join(dict.fromkeys(filter(None, alike)))
+    if more := len({each.place for each in found}) - 1:
+        first.problem += f" (and {more} more)"
+    return first
 
 
-def _in_words(
-    error: ValidationError, model: type[BaseModel], given: Mapping[str, Any], place: str, what: str
-) -> InputError:
-    """The complaint that helps most: an unknown key first, then the deepest place, and a type's last."""
-    rows = [(_place(row, given), row) for row in error.errors(include_url=False)]
-    path, first = max(rows, key=_weight)
-    more = len({where for where, _ in rows}) - 1
-    count = f" (and {more} more)" if more else ""
-    where, key = ".".join([*([place] if place else []), *map(str, path)]), str(path[-1]) if path else ""
-    if first["type"] == "extra_forbidden":
-        names, problem = _keys_at(model, path[:-1]), f"unknown key of {what}{count}"
-        return InputError(where, problem, given=first["input"], allowed=names, hint=nearest(key, names))
-    if first["type"] == "missing":
-        return InputError(where, f"{what} needs {key!r}{count}", hint=f"add {key} = ...")
-    problem = _complaint(first)[0]
-    same = (text for at, row in rows for told, text in [_complaint(row)] if at == path and told == problem)
-    allowed = " or ".join(dict.fromkeys(filter(None, same)))
-    hint = nearest(first["input"], _literals(first)) if first["type"] == "literal_error" else None
-    return InputError(where, f"{problem}{count}", given=first["input"], allowed=allowed, hint=hint)
+def _weight(error: InputError) -> tuple[bool, int, bool]:
+    return error.problem.startswith("unknown"), error.place.count("."), error.problem != "wrong type"
 
 
-def _weight(row: tuple[tuple[int | str, ...], Any]) -> tuple[bool, int, bool]:
-    """Of a union's members all complain: the one that came furthest is what was meant."""
-    path, problem = row
-    return problem["type"] == "extra_forbidden", len(path), problem["type"] not in _EXPECTED
-
-
-def _complaint(row: Any) -> tuple[str, str]:
-    """(problem, what is allowed) of one of pydantic's errors."""
-    kind, context = row["type"].replace("_parsing", "_type"), row.get("ctx", {})
-    if kind in _EXPECTED:
-        return "wrong type" if kind != "finite_number" else "not finite", _EXPECTED[kind]
-    if kind in _BOUNDS:
-        sign, key = _BOUNDS[kind]
-        bound = context[key]
-        return "out of range", f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
-    if kind == "literal_error":
-        return "not one of the choices", str(context["expected"])
+def _translated(row: Any, model: type[Table], given: Any) -> InputError:
+    """One of pydantic's errors as ours."""
+    steps, kind = _steps(row["loc"], given), row["type"].replace("_parsing", "_type")
+    place, value, context = ".".join(steps), row["input"], row.get("ctx", {})
+    if kind == "missing":
+        name, title = str(row["loc"][-1]), model.model_config.get("title")
+        return InputError(name, f"{title} needs {name!r}", hint=f"add {name} = ...").under(place)
+    if kind == "extra_forbidden":
+        names = _names_at(model, steps[:-1])
+        hint = nearest(steps[-1], names)
+        return InputError(place, f"unknown {model.noun}", given=value, allowed=names or "none", hint=hint)
     message = str(row["msg"]).removeprefix("Value error, ")
-    return message[:1].lower() + message[1:], ""
+    problem, allowed = _WORDS.get(kind, (message[:1].lower() + message[1:], ""))
+    numbers = {name: f"{each:g}" if isinstance(each, float) else each for name, each in context.items()}
+    hint = nearest(value, re.findall("'(.*?)'", str(context.get("expected", ""))))
+    return InputError(place, problem, given=value, allowed=allowed.format(**numbers), hint=hint)
 
 
-def _literals(row: Any) -> list[str]:
-    return str(row["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-
-
-def _place(row: Any, given: Any) -> tuple[int | str, ...]:
-    """The part of pydantic's location that stands in the input: without its names for a union's members."""
-    path: list[int | str] = []
-    absent = row["type"] in ("missing", "extra_forbidden")
-    for step in row["loc"]:
-        inside = isinstance(given, Mapping) and step in given
-        inside = inside or (isinstance(given, list | tuple) and isinstance(step, int) and step < len(given))
-        if inside:
+def _steps(location: Iterable[int | str], given: Any) -> list[str]:
+    """The steps of pydantic's location that are in the input: without its names for a union's members."""
+    found = []
+    for step in location:
+        try:
             given = given[step]
-        if inside or (absent and step == row["loc"][-1]):
-            path.append(step)
-    return tuple(path)
+        except (LookupError, TypeError):
+            continue
+        found.append(str(step))
+    return found
 
 
-def _keys_at(model: Any, path: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed at ``path`` inside a nested model."""
-    here = [model]
-    for step in path:
-        here = [m for each in here for m in members(_inside(each, step))]
-    return sorted(name for each in here for name in _fields(each))
-
-
-def _inside(annotation: Any, step: int | str) -> Any:
-    arguments = typing.get_args(annotation)
-    return _fields(annotation).get(str(step)) or (arguments[-1] if arguments else None)
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    return {f.alias or name: f.annotation for name, f in getattr(model, "model_fields", {}).items()}
+def _names_at(annotation: Any, steps: list[str]) -> list[str]:
+    """The keys of the tables that may stand at a place inside a type, through arrays, tables and unions."""
+    models = getattr(annotation, "model_fields", {})
+    fields = {field.alias or name: field.annotation for name, field in models.items()}
+    if fields:
+        return _names_at(fields.get(steps[0]), steps[1:]) if steps else sorted(fields)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated)
+    rest = steps if is_union else steps[1:]
+    return [name for each in typing.get_args(annotation) for name in _names_at(each, rest)]

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import kdcore
-from kdcore import cli
+from kdcore import Component, cli, plugins
+from kdcore.building import Builder
 from kdcore.errors import InputError
 from kdcore.models import build_module
 
@@ -222,10 +223,40 @@ def test_wrong_checkpoints(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(tomli_w.dumps(tiny), "utf-8")
     said = refused(capsys, "run", str(recipe), "--out", str(tmp_path / "out"))
-    assert "teacher" in said
-    assert "checkpoint" in said
+    assert "teacher.main.checkpoint" in said
     assert not (tmp_path / "it-ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+FUSSY = """
+    from kdcore import InputError, Student
+
+    class Fussy(Student):
+        def __init__(self, *, place: str):
+            raise InputError(place, "too narrow")
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ("", "loss.0.inner"),
+        ("student", "loss.0.inner"),
+        ("student.width", "loss.0.inner.width"),
+        ("students.width", "students.width"),
+        ("data.source", "data.source"),
+    ],
+)
+def test_a_constructor_says_its_kind_and_the_error_has_its_place(
+    said: str, place: str, write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    component = Component("fussy", f"{write_module(FUSSY)}:Fussy")
+    monkeypatch.setitem(
+        plugins.registry().offers["student"], "fussy", [(plugins.registry().entries[0], component)]
+    )
+    with pytest.raises(InputError, match="too narrow") as caught:
+        Builder(0).make("student", "fussy", {"place": said}, "loss.0.inner")
+    assert caught.value.place == place
 
 
 def test_a_good_checkpoint_is_used(tiny: dict[str, Any], tmp_path: Path) -> None:

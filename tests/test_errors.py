@@ -23,6 +23,19 @@ def test_an_input_error_shows_place_value_allowed_and_hint() -> None:
     ]
 
 
+def test_the_nearest_of_the_allowed_names_is_the_hint_of_a_wrong_one() -> None:
+    assert InputError("use", "unknown", given="kdd", allowed=["task", "kd"]).hint == "did you mean 'kd'?"
+    assert InputError("use", "unknown", given="kdd", allowed=["task", "kd"], hint="no").hint == "no"
+    assert InputError("use", "unknown", given="kdd", allowed="kd").hint is None  # a sentence, not names
+    assert InputError("use", "unknown", given=3, allowed=["3a"]).hint is None
+
+
+def test_what_a_part_raises_gets_the_place_of_the_part() -> None:
+    assert InputError("width", "wrong").under("student").under("stage.0").place == "stage.0.student.width"
+    assert InputError("", "wrong").under("student").place == "student"
+    assert InputError("width", "wrong").under("").place == "width"
+
+
 def test_rows_without_content_are_left_out_but_an_empty_string_or_none_that_was_given_is_shown() -> None:
     assert str(InputError("", "the recipe is empty")) == "the recipe is empty"
     assert "given   ''" in str(InputError("name", "too short", given=""))
@@ -56,7 +69,7 @@ def test_everything_huge_stays_on_one_screen() -> None:
 def test_no_control_character_reaches_the_terminal() -> None:
     text = str(InputError("a\x1b[2J\nb", "bad \x07 \ud800", given="\x1b", allowed="x\ry", hint="\u202e"))
     assert re.findall(r"[^\x20-\x7e\n]", text) == []
-    assert text.splitlines()[0].startswith(r"a\x1b[2J\nb: bad")
+    assert text.splitlines()[0].startswith(r"a\x1b[2J b: bad")
     text.encode("utf-8")  # lone surrogates would raise here
 
 

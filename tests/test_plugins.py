@@ -27,9 +27,9 @@ HEAD = "from kdcore import Component, hookimpl\n"
 BROKEN = {
     "raises": ("import", "raise RuntimeError('on purpose')", "on purpose"),
     "exits": ("import", "import sys\nsys.exit(3)", "SystemExit"),
-    "torchy": ("", "import torch", "torch"),
+    "torchy": ("import", "import torch", "imports torch: import it inside"),
     "misspelt": ("hooks", HEAD + "@hookimpl\ndef kd_los():\n    return []", "kd_los"),
-    "unmarked": ("declare", HEAD + "def kd_losses():\n    return []", "not marked"),
+    "unmarked": ("hooks", HEAD + "def kd_losses():\n    return []", "not marked"),
     "argument": ("hooks", HEAD + "@hookimpl\ndef kd_losses(config):\n    return []", "config"),
     "rubbish": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    return [42]", "not a Component"),
     "notiterable": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    return 42", "int"),
@@ -58,7 +58,7 @@ BROKEN = {
     ),
     "long": ("import", "raise RuntimeError('line\\n' * 10_000)", "line line"),
     "syntax": ("import", "def (", "SyntaxError"),
-    "kindly": ("", "from kdcore import Loss", "import"),
+    "kindly": ("import", "from kdcore import Loss", "import it inside the component's own module"),
     "twice": (
         "declare",
         HEAD + "@hookimpl\ndef kd_losses():\n    yield from [Component('twice', 'a:b')] * 2",
@@ -79,7 +79,7 @@ def test_a_broken_plugin_is_in_quarantine_and_the_good_ones_are_listed(
     assert words in fault.error
     assert len(fault.error) < 400
     assert "\n" not in fault.error
-    assert fault.phase == phase or (not phase and fault.phase in ("import", "light"))
+    assert fault.phase == phase
     assert registry.find("loss", "good")
     assert registry.find("loss", "kd")
     with pytest.raises(InputError, match="quarantine") as caught:
@@ -182,7 +182,7 @@ def test_a_heavy_module_shows_though_torch_is_imported_already(
 ) -> None:
     importlib.import_module("kdcore.kinds")
     (fault,) = plugins.discover([package(line)]).quarantine
-    assert fault.phase == "light"
+    assert fault.phase == "import"
     assert "import it inside the component's own module" in fault.error
 
 
@@ -194,6 +194,21 @@ def test_a_light_module_stays_light_when_its_parts_are_imported_later(
     assert not plugins.discover([entry]).quarantine
     importlib.import_module(f"{entry.target}.loss")
     assert not plugins.discover([entry]).quarantine
+
+
+def test_what_is_hidden_from_light_modules_is_back_afterwards(package: Callable[[str], Entry]) -> None:
+    importlib.import_module("kdcore.kinds")
+    before = {n: m for n, m in sys.modules.items() if n.startswith(("torch", "kdcore"))}
+    plugins.discover([package("import torch")])
+    assert {n: m for n, m in sys.modules.items() if n.startswith(("torch", "kdcore"))} == before
+    assert None not in sys.modules.values()
+
+
+def test_a_hook_that_imports_torch_when_it_is_asked(install: Callable[..., Any]) -> None:
+    install("asking", HEAD + "@hookimpl\ndef kd_losses():\n    import torch.nn\n    return []")
+    (fault,) = [f for f in plugins.registry().quarantine if f.entry.name == "asking"]
+    assert fault.phase == "declare"
+    assert fault.error.startswith("imports torch")
 
 
 def test_what_a_plugin_prints_does_not_spoil_what_is_listed(

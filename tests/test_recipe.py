@@ -11,7 +11,7 @@ import pytest
 from kdcore import recipe as recipes
 from kdcore.errors import InputError
 from kdcore.recipe import merge, parse, parse_stage
-from kdcore.source import override
+from kdcore.source import leaves, override
 from kdcore.tables import Ramp
 
 TEXT = """\
@@ -73,6 +73,44 @@ def test_a_place_that_is_nowhere_has_the_file_alone_and_an_override_is_named() -
     assert recipes.located(InputError("loss.0.use", "wrong"), source).source == "the override loss.0.use=x"
     assert recipes.located(InputError("loss.0.use.a", "wrong"), source).source == "the override loss.0.use=x"
     assert recipes.located(InputError("loss.0", "wrong"), source).source == "r.toml, line 9"
+
+
+MULTILINE = """\
+description = '''
+[loss]
+a = 1
+'''
+grid = [
+    [1, 2],  # x = [
+
+    [3, 4],
+]
+[[loss]]
+use = "kd"
+[train.optimizer]
+use = "AdamW"
+[[loss]]
+reads = { student = { a = "x" } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [("description", 1), ("grid.1.0", 5), ("loss", 10), ("loss.0.use", 11), ("loss.1.reads.student.b", 15)],
+)
+def test_statements_of_several_lines_are_found_where_they_begin(place: str, line: int) -> None:
+    source = recipes.Source({}, "r.toml", MULTILINE)
+    assert recipes.located(InputError(place, "wrong"), source).source == f"r.toml, line {line}"
+
+
+def test_in_a_very_long_file_no_line_is_looked_up() -> None:
+    source = recipes.Source({}, "r.toml", TEXT + "#" * 20_000)
+    assert recipes.located(InputError("data.source", "wrong"), source).source == "r.toml"
+
+
+def test_leaves_are_values_and_what_is_empty() -> None:
+    tree = {"a": {"b": [1, {"c": 2}], "d": {}}, "e": [], "f": ""}
+    assert list(leaves(tree)) == [("a.b.0", 1), ("a.b.1.c", 2), ("a.d", {}), ("e", []), ("f", "")]
 
 
 def test_a_file_gives_its_name_where_it_has_none(tmp_path: Path) -> None:
@@ -162,7 +200,6 @@ def test_a_stage_lays_its_tables_over_the_recipes(tiny: dict[str, Any]) -> None:
     view = parse_stage(recipe, recipe.stage[1], "stage.1")
     assert (view.train.epochs, view.train.optimizer.params) == (7, {"lr": 2e-3})
     assert [each.use for each in view.loss] == ["task"]
-    assert [name for name, _ in recipes.views(recipe)] == ["", "stage.0.", "stage.1."]
     places = [place for place, _, _ in recipes.components(recipe)]
     assert places == ["student", "teacher.main", "loss.0", "stage.0", "stage.1", "stage.1.loss.0"]
 
@@ -229,6 +266,13 @@ def test_a_teachers_own_training_is_checked_and_its_budget_replaces_the_recipes(
         with pytest.raises(InputError) as caught:
             recipes.check(recipes.read(tiny))
         assert caught.value.place == place
+
+
+def test_a_teachers_training_is_of_one_length(tiny: dict[str, Any]) -> None:
+    tiny["teacher"]["main"]["train"] = {"epochs": 1, "steps": 2}
+    with pytest.raises(InputError, match="both given") as caught:
+        parse(tiny)
+    assert caught.value.place == "teacher.main.train"
 
 
 def test_a_ramp_goes_from_begin_to_until() -> None:
