@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from kd_plugin_lelp.loss import lelp_loss, lelp_targets
 from kd_plugin_lelp.oracle import ORACLES
-from kd_plugin_lelp.subspaces import fit_subspaces, moments, null_space, rotation, split_within
+from kd_plugin_lelp.subspaces import (
+    fit_subspaces,
+    moments,
+    null_space,
+    random_subspaces,
+    rotation,
+    split_within,
+)
 from torch import Tensor
 
 from kdcore import InputError
@@ -188,6 +195,21 @@ def test_a_random_rotation_evens_the_variance_out() -> None:
     error = 4 * variances.std(0) / 2000**0.5
     assert ((variances.mean(0) - v.mean()).abs() < error).all()
     assert variances[0].std() > 0.1  # one rotation alone does not
+
+
+def test_random_directions_are_the_control() -> None:
+    """Orthonormal, unread by the head, scaled as numpy has it; not the principal ones, but inside what is left."""
+    (h, label), W = embeddings(), weight()
+    found = random_subspaces(moments([(h, label)], C), W, S, generator(3))
+    products = torch.einsum("cds,cdt->cst", found.directions, found.directions)
+    assert torch.allclose(products, torch.eye(S).expand(C, S, S), atol=1e-6)
+    assert torch.einsum("kd,cds->cks", W, found.directions).abs().max() < 1e-5
+    for c in range(C):
+        a = h[label == c].double().numpy() @ found.directions[c].double().numpy()
+        assert found.scale[c].numpy() == pytest.approx(a.std(0), rel=1e-4)
+    assert (found.scale.square().sum(1) < 0.9 * fitted(h, label, W).scale.square().sum(1)).all()
+    whole = random_subspaces(moments([(h, label)], C), None, S, generator(3))
+    assert torch.einsum("kd,cds->cks", W, whole.directions).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("change", [lambda h: h + 7.0, lambda h: 3.0 * h], ids=["shift", "scale"])

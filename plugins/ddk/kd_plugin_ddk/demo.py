@@ -84,7 +84,9 @@ def main() -> None:
     lags = {arm: torch.stack([lag(folder) for folder in each]) for arm, each in folders.items()}
     worst = {arm: each.max(1).values.tolist() for arm, each in lags.items()}
     jumps = {arm: [jump(folder) for folder in folders[arm]] for arm in ("direct", OWN)}
+    overall = {row["arm"]: row["values"] for row in found.table}
     references = ["natural", "equal", "direct"]
+    print(record(args.out / "perplexity", "perplexity", seeds, overall, references), end="\n\n")
     print(record(args.out / "worst", "worst_perplexity_ratio", seeds, worst, references), end="\n\n")
     print(record(args.out / "jump", "mixture_distance", seeds, jumps, ["direct"]), end="\n\n")
     for arm, each in lags.items():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kd_plugin_lelp.subspaces import Subspaces, fit_subspaces, moments, split_within
+from kd_plugin_lelp.subspaces import Subspaces, fit_subspaces, moments, random_subspaces, split_within
 from kdcore import Batch, InputError, Loss, Outputs
 from kdcore.checkpoint import load_tensors
 from kdcore.functional import at_least_float32
@@ -44,9 +44,9 @@ class LELPLoss(Loss):
     directions outside the row space of W, the weight of the teacher's last linear layer, turned by a random
     rotation. ``head``: that layer's path in the teacher; the recipe has ``reads.teacher.embedding = "HEAD.in"``.
     Classes are the labels, or the teacher's where the batch has none. ``subspaces``: a file of the stage
-    ``lelp.fit`` in place of the pass. ``of``: which teacher, where there are several. Mean, directions
-    and scale are buffers, so a resumed run has the same targets. In training, embeddings are the teacher's of
-    the batch as it is then, augmented or not.
+    ``lelp.fit`` in place of the pass. ``axes = "random"`` is a control: directions drawn at random. ``of``: which
+    teacher, where there are several. Mean, directions and scale are buffers, so a resumed run has the same
+    targets. In training, embeddings are the teacher's of the batch as it is then, augmented or not.
     """
 
     reads = ("student.subclass_logits", "teacher.logits", "teacher.embedding")
@@ -65,6 +65,7 @@ class LELPLoss(Loss):
         head: str = "head",
         null_space: bool = True,
         rotate: bool = True,
+        axes: Literal["principal", "random"] = "principal",
         standardise: bool = True,
         subspaces: str | None = None,
         of: str | None = None,
@@ -72,7 +73,7 @@ class LELPLoss(Loss):
         super().__init__()
         self.temperature, self.beta, self.head = temperature, beta, head
         self.null_space, self.rotate, self.standardise = null_space, rotate, standardise
-        self.file, self.of = subspaces, of
+        self.file, self.of, self.axes = subspaces, of, axes
 
     def setup(self) -> None:
         student, teacher = self.run.preview(self)
@@ -92,8 +93,10 @@ class LELPLoss(Loss):
             raise InputError("loss.of", "name one teacher", given=self.of, allowed=allowed)
         weight = weight_of(self.run.teachers[names[0]].model, self.head, "loss.head")
         found = moments(self._embeddings(names[0]), len(weight))
-        generator = self.run.rng("lelp rotation") if self.rotate else None
-        return fit_subspaces(found, weight if self.null_space else None, subclasses, generator)
+        outside, generator = weight if self.null_space else None, self.run.rng("lelp rotation")
+        if self.axes == "random":
+            return random_subspaces(found, outside, subclasses, generator)
+        return fit_subspaces(found, outside, subclasses, generator if self.rotate else None)
 
     @torch.no_grad()
     def _embeddings(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:

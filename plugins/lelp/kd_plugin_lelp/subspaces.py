@@ -69,8 +69,7 @@ def fit_subspaces(
     P = None if weight is None else null_space(weight)
     kept = [_directions(c, found, P, subclasses, generator) for c in range(len(found.size))]
     V = torch.stack(kept)
-    variance = torch.einsum("cds,cde,ces->cs", V, found.covariance, V)
-    return Subspaces(*(x.float() for x in (found.mean, V, variance.clamp_min(0).sqrt())))
+    return Subspaces(found.mean.float(), V.float(), _deviation(found, V))
 
 
 def _directions(
@@ -89,6 +88,22 @@ def _directions(
     V = V if P is None else torch.linalg.qr(P @ V).Q  # W V = 0 to rounding
     V = V * V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
     return V if generator is None else V @ rotation(S, generator).to(V)
+
+
+def random_subspaces(
+    found: Moments, weight: Tensor | None, subclasses: int, generator: torch.Generator
+) -> Subspaces:
+    """A control for ``fit_subspaces``: orthonormal directions drawn at random from the same space, with their scale."""
+    D = found.mean.shape[1]
+    P = torch.eye(D, dtype=torch.float64) if weight is None else null_space(weight).cpu()
+    drawn = torch.randn(len(found.size), D, subclasses, dtype=torch.float64, generator=generator)
+    V = torch.linalg.qr(P @ drawn).Q.to(found.mean)
+    return Subspaces(found.mean.float(), V.float(), _deviation(found, V))
+
+
+def _deviation(found: Moments, V: Tensor) -> Tensor:
+    """[C,S]: each class's standard deviation along its directions [C,D,S]."""
+    return torch.einsum("cds,cde,ces->cs", V, found.covariance, V).clamp_min(0).sqrt().float()
 
 
 def rotation(size: int, generator: torch.Generator) -> Tensor:
