@@ -56,6 +56,17 @@ MODULE = """
         def forward(self, tokens):
             return Outputs(logits=self.scale * self.body(self.embed(tokens)) @ self.embed.weight.T)
 
+    class Block(nn.Module):
+        def __init__(self, inputs, width):
+            super().__init__()
+            self.first, self.second = nn.Linear(inputs, width), nn.Linear(width, width)
+        def forward(self, x):
+            return x + self.second(torch.relu(self.first(x)))
+
+    def blocks(*, width: int = 260):
+        layers = [nn.Linear(64, width), Block(width, width), Block(width, width), nn.Linear(width, 10)]
+        return nn.Sequential(*layers)
+
     def language(*, width: int = 260):
         return Language(width)
 """
@@ -83,10 +94,12 @@ def made(module: str) -> dict[str, dict[str, Any]]:
     best = images(clip=0.05, keep="best")
     best["teacher"]["main"] |= {"train": {"epochs": 1}, "shard": True}
 
-    # gradient that begins inside a layer and never comes from the outputs; a projector, which is not cut
+    # gradient that begins inside a layer and never comes from its output; a projector, which is not cut
     tapped = images(accumulate=2)
-    reads = {"student": {"feature": "hidden1.0"}, "teacher": {"feature": "hidden1.0"}}
-    tapped["loss"] = [{"use": "classics.fitnet", "reads": reads}]
+    tapped["student"]["model"] = tapped["teacher"]["main"]["model"] = f"{module}:blocks"
+    del tapped["student"]["args"], tapped["teacher"]["main"]["args"]
+    reads = {"student": {"feature": "1.first"}, "teacher": {"feature": "2.second"}}
+    tapped["loss"] = [{"use": "classics.fitnet", "relu": False, "weight": 0.01, "reads": reads}]
     tapped["task"] = {"weight": 0.0}
     tapped["teacher"]["main"]["shard"] = True
 
