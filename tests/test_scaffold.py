@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
+from flit_core import buildapi
 
 import kdcore
 from kdcore import plugins, scaffold
@@ -16,7 +19,7 @@ from kdcore.errors import InputError
 from kdcore.plugins import Entry
 
 
-@pytest.mark.parametrize("kind", sorted(scaffold.CODE))
+@pytest.mark.parametrize("kind", sorted(scaffold.TARGETS))
 def test_a_new_plugin_passes_its_own_tests(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +48,7 @@ def _short(kind: str) -> list[str]:
 
 
 def test_it_is_clean_by_the_repositorys_own_rules(tmp_path: Path) -> None:
-    for kind in scaffold.CODE:
+    for kind in scaffold.TARGETS:
         scaffold.write(f"made-{kind}", kind, tmp_path)
     config = Path(__file__).resolve().parent.parent / "pyproject.toml"
     done = subprocess.run(
@@ -55,6 +58,20 @@ def test_it_is_clean_by_the_repositorys_own_rules(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_its_templates_are_in_the_wheel_and_in_the_sdist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scaffold.TEMPLATES.parent.parent)
+    wheel, sdist = buildapi.build_wheel(str(tmp_path)), buildapi.build_sdist(str(tmp_path))
+    inside = zipfile.ZipFile(tmp_path / wheel).namelist()
+    with tarfile.open(tmp_path / sdist) as archive:
+        source = [name.partition("/")[2] for name in archive.getnames()]
+    for path in scaffold.TEMPLATES.rglob("*.tmpl"):
+        name = f"kdcore/templates/{path.relative_to(scaffold.TEMPLATES)}"
+        assert name in inside
+        assert name in source
 
 
 @pytest.mark.parametrize(
