@@ -53,6 +53,7 @@ class _Wrapped(Kind):
         kind = "student" if isinstance(self, Student) else "teacher"
         self.module = build_module(model, args, kind)
         self.input_names = tuple(inputs)
+        self.has_weights = bool(checkpoint)
         if checkpoint:
             load_weights(self.module, checkpoint, f"{kind}.checkpoint")
 
