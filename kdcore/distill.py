@@ -334,7 +334,7 @@ class Distiller(nn.Module):
         for part_name, term in named.items():
             name = f"{slot.name}.{part_name}" if part_name else slot.name
             if coupled:
-                reduced = (term.mean() if term.dim() else term) / parallel.world()
+                reduced = Counts().share(term, stream, outputs, part) / parallel.world()
             else:
                 reduced = self._counts.share(term, stream, outputs, part)
             now.add(name, weight, reduced)

@@ -126,6 +126,26 @@ def test_each_stream_is_its_own_mean_and_the_means_are_added(make: Make, batch: 
     assert terms["kd"][1].item() == pytest.approx(sum(means), rel=1e-5)
 
 
+def test_a_gathered_term_of_positions_is_the_mean_over_the_supervised_ones(
+    make: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coupled loss sees the same gathered batch in every process; each adds its half of the masked mean."""
+
+    class Positions(Loss):
+        couples_batch = True
+
+        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+            return student.logits * 0 + torch.arange(CLASSES)  # [B,L] with L = 3: 0, 1, 2
+
+    whole = part(0, 4)
+    whole["mask"] = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1]])
+    distiller = make(Slot("positions", Positions(), 1.0, ("main",), None))
+    monkeypatch.setattr("kdcore.parallel.world", lambda: 2)
+    for name in ("gathered", "gathered_batch"):  # this process holds all of it already
+        monkeypatch.setattr(f"kdcore.distill.{name}", lambda value: value)
+    assert distiller.terms(whole)["positions"][1].item() == pytest.approx((0 + 2 + 2 + 1 + 2) / 5 / 2)
+
+
 def test_a_slot_hears_only_its_streams_and_the_task_only_labels(make: Make, batch: Batch) -> None:
     distiller = make(kd(("unlabelled",)))
     terms = distiller.terms(batch)
