@@ -173,7 +173,7 @@ def test_a_head_that_cannot_be_widened_is_refused() -> None:
 
 
 def test_the_recipe_trains_and_its_probe_counts_both_ways(tmp_path: Path) -> None:
-    short = ["train.epochs=1", "teacher.main.train.epochs=1", "teacher.main.args.width=2"]
+    short = ["train.epochs=1", "teacher.main.train.epochs=1", "teacher.main.args.hidden=[4]"]
     result = kdcore.run("makd:digits", out=tmp_path / "run", overrides=short)
     assert [t["term"] for t in result.results["student"]["guards"]["terms"]] == ["makd", "task"]
     probe = result.results["probes"]["makd"]
