@@ -212,6 +212,7 @@ def _finish(
         shutil.rmtree(folder / "artefact", ignore_errors=True)  # of a run that was killed before its results
         results["export"] = shipping.export(folder, _recipe=recipe, progress=progress)
     report.write(recipe, folder, results)
+    write_json(folder / "results.json", results)  # last: what has it is finished
 
 
 def versions(recipe: Recipe) -> dict[str, str]:
@@ -240,7 +241,6 @@ def _try(trial: StageRun) -> None:
     for name, table in view.teacher.items():
         trial.of_teacher(name)
         if table.train is not None:
-    write_json(folder / "results.json", results)  # last: what has it is finished
             device_of(recipes.teacher_train(view, name))
     parts = building.assemble(view, trial.source, trial.builder())
     for name, table in view.teacher.items():
