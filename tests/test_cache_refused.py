@@ -93,7 +93,7 @@ def test_other_data_behind_the_same_recipe(
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("teacher.main.args", {"hidden": [17]}, ("another teacher", "params.args.hidden: [16] -> [17]")),
+        ("teacher.main.args", {"hidden": [17]}, ("another teacher", "params.args.hidden.0: 16 -> 17")),
         ("teacher.main.model", "kdcore.zoo:conv_net", ("another teacher", "params.model")),
         ("teacher.main.modle", "kdcore.zoo:mlp", ("teacher.main.modle", "did you mean 'model'?")),
         ("teacher.main.weights", "0123", ("another teacher", "weights")),
@@ -244,7 +244,7 @@ def test_another_folder_is_left_alone(recipe: Tree, tmp_path: Path) -> None:
         kdcore.cache(recipe, out=tmp_path / "mine")
     kdcore.cache(recipe, out=tmp_path / "cache")
     recipe["teacher"]["main"]["args"] = {"hidden": [17]}
-    with pytest.raises(InputError, match=re.escape("teacher.params.args.hidden: [16] -> [17]")):
+    with pytest.raises(InputError, match=re.escape("teacher.params.args.hidden.0: 16 -> 17")):
         kdcore.cache(recipe, out=tmp_path / "cache")
     with pytest.raises(InputError, match="no cache here"):
         Cache(tmp_path / "mine")

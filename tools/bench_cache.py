@@ -9,7 +9,7 @@ teacher, a smaller one for the student.
 `step`: in one process, in turns: the student's step alone, with a live teacher, with its full cache, with its top k.
 `goal` is (teacher forward + student step) / (student step); `reached` the share of it that the cache gives.
 
-    python tools/bench_cache.py [codec] [trained] [step] [--tokens 48] [--rounds 7] [--json FILE]
+    python tools/bench_cache.py [codec] [trained] [step] [--tokens 48] [--rounds 9] [--steps 100] [--json FILE]
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def recipe(vocab: int) -> dict[str, Any]:
         "student": {"use": "hf", "config": {**LLAMA, **small, "vocab_size": vocab}},
         "task": {"use": "language", "metrics": ["loss"]},
         "loss": [{"use": "kd", "temperature": 1.0}],
-        "train": {"steps": 150, "optimizer": {"use": "AdamW", "lr": 3e-3}},
+        "train": {"steps": 50, "optimizer": {"use": "AdamW", "lr": 3e-3}},
     }
 
 
@@ -139,9 +139,9 @@ def prepared(tree: dict[str, Any], folder: Path) -> Any:
     return run.context(building.assemble(run.recipe, run.source, run.builder()))
 
 
-def trained_rows(folder: Path) -> Iterator[Row]:
-    tree = recipe(4096)
-    tree["teacher"]["main"]["train"] = {"steps": 200}
+def trained_rows(folder: Path, steps: int) -> Iterator[Row]:
+    tree = recipe(2048)
+    tree["teacher"]["main"]["train"] = {"steps": steps}
     run = api.run(tree, out=folder / "trained").folder
     distiller, context = prepared({**tree, "name": "again"}, folder)
     for name, owner in (("teacher-main", distiller.teachers["main"]), ("student", distiller.student)):
@@ -155,7 +155,7 @@ def trained_rows(folder: Path) -> Iterator[Row]:
     teacher, student = (each.logits[said[0].mask].float() for each in said)
     logp = teacher.log_softmax(-1)
     perplexity = float((logp.exp() * -logp).sum(-1).mean().exp())
-    yield from errors(f"trained Llama, V = 4,096, perplexity {perplexity:.0f}", teacher, student)
+    yield from errors(f"trained Llama, V = 2,048, perplexity {perplexity:.0f}", teacher, student)
 
 
 def step_rows(folder: Path, rounds: int) -> Iterator[Row]:
@@ -219,13 +219,14 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=100, help="that the teacher of `trained` is trained for")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         work: dict[str, Callable[[], Iterator[Row]]] = {
             "codec": lambda: codec_rows(options.tokens),
-            "trained": lambda: trained_rows(Path(scratch)),
+            "trained": lambda: trained_rows(Path(scratch), options.steps),
             "step": lambda: step_rows(Path(scratch), options.rounds),
         }
         for part in options.parts:
