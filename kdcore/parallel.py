@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kdcore.errors import RunError, cause
+from kdcore.errors import InputError, RunError, cause
 
 _BROKEN = re.compile(r"gloo|NCCL|Connection (reset|closed|refused)|Broken pipe|Socket Timeout", re.IGNORECASE)
 
@@ -118,6 +118,23 @@ class _Gather(torch.autograd.Function):
 def gather(value: Tensor) -> Tensor:
     """All ranks' rows, in rank order, differentiably."""
     return value if world() == 1 else _Gather.apply(value)
+
+
+def refuse_batch_statistics(student: nn.Module) -> None:
+    """Raise InputError where batch norm in training would see one process's share of a batch."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for name, module in student.named_modules():
+        if (
+            isinstance(module, _BatchNorm)
+            and module.track_running_stats
+            and not isinstance(module, nn.SyncBatchNorm)
+        ):
+            raise InputError(
+                "student",
+                f"{name!r} has batch statistics: over {world()} processes each would see its own share",
+                hint='use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process',
+            )
 
 
 def barrier() -> None:

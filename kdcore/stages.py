@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
-from torch.nn import SyncBatchNorm
 
 from kdcore import building as build
-from kdcore import parallel, sharding
+from kdcore import parallel, sharding, startup
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source
@@ -101,7 +100,8 @@ class StageRun:
 
         Done already (a resumed run): the weights are loaded and nothing is trained. Returns the result.
         """
-        from kdcore import engine
+        with startup.lean():
+            from kdcore import engine
 
         table, folder = train or self.recipe.train, self.folder / name
         done = folder / "result.json"
@@ -112,7 +112,7 @@ class StageRun:
             result: dict[str, Any] = json.loads(done.read_text("utf-8"))
             return result
         if parallel.world() > 1:
-            _refuse_batch_statistics(student)
+            parallel.refuse_batch_statistics(student)
         distiller, _ = self.context(parts, table)
         distiller.guards.enabled = self.recipe.report.guards
         distiller.guards.warnings += _untrained(self.recipe, parts)
@@ -382,22 +382,6 @@ def device_of(train: TrainTable) -> torch.device:
         allowed = "fp32, bf16 on a CPU"
         raise InputError("train.precision", "fp16 training needs a GPU", given="fp16", allowed=allowed)
     return torch.device("cpu" if train.device == "cpu" or not here else f"cuda:{torch.cuda.current_device()}")
-
-
-def _refuse_batch_statistics(student: nn.Module) -> None:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    for name, module in student.named_modules():
-        if (
-            isinstance(module, _BatchNorm)
-            and module.track_running_stats
-            and not isinstance(module, SyncBatchNorm)
-        ):
-            raise InputError(
-                "student",
-                f"{name!r} has batch statistics: over {parallel.world()} processes each would see its own share",
-                hint='use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process',
-            )
 
 
 def _streams(run: StageRun) -> tuple[str, ...] | None:
