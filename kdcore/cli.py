@@ -88,6 +88,9 @@ def resume(folder: Path, quiet: bool) -> None:
 )
 @click.option("--space", multiple=True, metavar="KEY=[LOW,HIGH]", help="What --tune searches; repeatable.")
 @click.option("--teacher", type=click.Choice(["shared", "per-seed"]), default="shared", show_default=True)
+@click.option(
+    "--reference", "references", multiple=True, metavar="ARM", help="Compare with this arm, too; repeatable."
+)
 @click.option("--detect", type=float, help="The difference worth seeing, in points (0.5).")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder; an interrupted comparison goes on there."

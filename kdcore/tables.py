@@ -81,6 +81,7 @@ class RouterTable(Use):
 class AugmentationTable(Use):
     name: Name | None = None
     optimizer: Use | None = None
+    method: bool = False  # part of what is compared: the arms `none` and `kd` do without it
 
 
 class StageTable(Use):

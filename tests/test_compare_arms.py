@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdcore.comparison.arms import arms_of
-from kdcore.comparison.matching import measured_differences, recipe_differences
+from kdcore.comparison.matching import changes_data, measured_differences, recipe_differences
 from kdcore.errors import InputError
 from kdcore.guards import digest
 from kdcore.plugins import Entry
@@ -175,3 +175,24 @@ def test_a_digest_sees_bits_shapes_and_types() -> None:
 def _install_half(install: Callable[..., Entry], write_module: Callable[..., str]) -> None:
     name = write_module(PLUGIN.split("@hookimpl")[0] + "    " + PLUGIN[PLUGIN.index("def half") :])
     install("half", PLUGIN[: PLUGIN.index("    def half")].format(module=name))
+
+
+def test_an_augmentation_that_is_the_method_is_left_out_of_the_baselines(tiny: dict[str, Any]) -> None:
+    crop, mix = {"use": "crop"}, {"use": "mix", "method": True}
+    tiny["augmentation"] = [crop, mix]
+    trees, own = arms_of(Source(tiny), ["milder:augmentation.1.share=0.1", "smuggled:augmentation.0.size=3"])
+    assert trees["none"]["augmentation"] == trees["kd"]["augmentation"] == [crop]
+    assert trees[own]["augmentation"] == [crop, mix]
+    recipes = {name: parse(tree) for name, tree in trees.items()}
+    for name in ("none", "kd", "milder"):
+        assert recipe_differences(recipes[name], recipes[own]) in ([], ["train.threads: None -> 1"])
+    assert "augmentation" in recipe_differences(recipes["smuggled"], recipes[own])[0]
+    assert changes_data(recipes[own])
+    assert not changes_data(recipes["kd"])
+
+
+def test_data_is_not_held_equal_where_it_is_the_method() -> None:
+    one, other = [{"student": "a", "ids": "x", "batch": "y"}], [{"student": "a", "ids": "z", "batch": "w"}]
+    assert len(measured_differences(one, other)) == 2
+    assert measured_differences(one, other, data=False) == []
+    assert measured_differences(one, [{"student": "b"}], data=False) == ["the student's initial weights"]

@@ -18,7 +18,7 @@ from kdcore import recipe as recipes
 from kdcore.checkpoint import write_json
 from kdcore.comparison import tune as tuning
 from kdcore.comparison.arms import STOCK, Tree, arms_of
-from kdcore.comparison.matching import measured_differences, recipe_differences
+from kdcore.comparison.matching import changes_data, measured_differences, recipe_differences
 from kdcore.comparison.pool import Outcome, spread
 from kdcore.comparison.runs import Job, finished, outcome, run_arm, train_teachers
 from kdcore.comparison.stats import compare_all
@@ -52,6 +52,7 @@ def compare(
     tune: int = 0,
     space: Iterable[str] = (),
     teacher: Literal["shared", "per-seed"] = "shared",
+    references: Iterable[str] = (),
     detect: float | None = None,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = True,
@@ -59,8 +60,9 @@ def compare(
     """Run matched arms of a recipe over ``seeds`` and judge them by the first metric of its task, on test.
 
     ``arms`` as in ``kdcore.comparison.arms``; ``tune`` trials of a search for each arm on val, over
-    ``space`` (``KEY=[LOW, HIGH]``); ``detect``: the difference worth seeing, in points; ``out`` may hold an
-    interrupted comparison, or one of fewer seeds or arms: what is finished there is not run again.
+    ``space`` (``KEY=[LOW, HIGH]``); ``references``: arms that every other one is compared with, too, beside
+    none and kd; ``detect``: the difference worth seeing, in points; ``out`` may hold an interrupted
+    comparison, or one of fewer seeds or arms: what is finished there is not run again.
     Raises InputError before anything runs; RunError after the report where a run failed.
     """
     if seeds < 2:
@@ -68,6 +70,10 @@ def compare(
     source = recipes.read(where, overrides)
     recipe = recipes.check(source)
     (trees, own), first, task = arms_of(source, arms), recipe.seed, recipe.task
+    more = [*references]
+    for name in more:
+        if name not in trees:
+            raise InputError("--reference", "no such arm", given=name, allowed=", ".join(trees))
     metrics = DEFAULT_METRICS[task.use] if task.metrics is None else task.metrics
     if not metrics:
         raise InputError("task.metrics", "a comparison needs a metric", hint="the first one decides")
@@ -75,6 +81,7 @@ def compare(
     work = Work(
         source, trees, own, folder, range(first, first + seeds), jobs, metrics[0], teacher, Progress(quiet)
     )
+    work.references = list(dict.fromkeys([*STOCK, *more]))
     work.check()
     rooms = tuning.spaces(trees, space) if tune else {}
     work.join({"tune": tune, "space": rooms, "teacher": teacher})
@@ -101,6 +108,7 @@ class Work:
     metric: str
     teacher: str
     progress: Progress
+    references: list[str] = field(default_factory=lambda: list(STOCK))
     total: int = 0
     count: int = 0
     outcomes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
@@ -211,7 +219,7 @@ class Work:
         values = {
             arm: [self.outcomes[arm][seed]["test"][self.metric] for seed in self.seeds] for arm in whole
         }
-        differences = compare_all(values, [name for name in STOCK if name in values])
+        differences = compare_all(values, [name for name in self.references if name in values])
         scale = scale_of(self.metric, detect, max((abs(v[0]) for v in values.values()), default=1.0))
         unmatched = {arm: self.unmatched(arm) for arm in whole}
         judged = dict.fromkeys(arm for arm, _ in differences)
@@ -235,4 +243,6 @@ class Work:
         ours, theirs = (recipes.parse(self.trees[name]) for name in pair)
         seeds = [seed for seed in self.seeds if seed in self.outcomes.get(self.own, {})]
         mine, others = ([self.outcomes[name][seed]["fingerprint"] for seed in seeds] for name in pair)
-        return recipe_differences(ours, theirs, leave=searched) + measured_differences(mine, others)
+        data = not (changes_data(ours) or changes_data(theirs))
+        rows = recipe_differences(ours, theirs, leave=searched)
+        return rows + measured_differences(mine, others, data=data)

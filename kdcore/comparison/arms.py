@@ -22,8 +22,9 @@ def arms_of(source: Source, specs: Iterable[str]) -> tuple[dict[str, Tree], str]
     """Arm name -> recipe tree, and which of them is the recipe itself.
 
     ``none`` is the student alone (no losses, the task's weight 1) and ``kd`` the stock loss at its defaults
-    in place of the recipe's losses and router. ``NAME`` puts the loss component NAME in place of loss.0;
-    ``NAME:KEY=VALUE,...`` overrides keys. Raises InputError for a name that is no component, or used twice.
+    in place of the recipe's losses, router and augmentations of ``method = true``. ``NAME`` puts the loss
+    component NAME in place of loss.0; ``NAME:KEY=VALUE,...`` overrides keys. Raises InputError for a name
+    that is no component, or used twice.
     """
     base = _prepared(source.tree)
     own = re.sub(r"[^\w.+-]+", "-", str(base.get("name", ""))).strip("-")
@@ -69,7 +70,10 @@ def _prepared(tree: Mapping[str, Any]) -> Tree:
 
 def _without_method(base: Tree) -> Tree:
     def stripped(table: Mapping[str, Any]) -> Tree:
-        return {k: copy.deepcopy(v) for k, v in table.items() if k not in ("loss", "router")}
+        kept = {k: copy.deepcopy(v) for k, v in table.items() if k not in ("loss", "router")}
+        if "augmentation" in kept:
+            kept["augmentation"] = [each for each in kept["augmentation"] if not each.get("method")]
+        return kept
 
     tree = stripped(base)
     return {**tree, "stage": [stripped(stage) for stage in tree["stage"]]} if "stage" in tree else tree

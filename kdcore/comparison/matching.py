@@ -20,24 +20,49 @@ MEASURED = {
 
 
 def recipe_differences(ours: Recipe, theirs: Recipe, leave: Iterable[str] = ()) -> list[str]:
-    """Where two recipes differ outside the method and the keys in ``leave``, as ``key: theirs -> ours``."""
+    """Where two recipes differ outside the method and the keys in ``leave``, as ``key: theirs -> ours``.
+
+    Augmentations that say ``method = true`` belong to the method; all others must be the same.
+    """
     left = (*METHOD, *leave)
 
     def apart(key: str) -> bool:
         bare = re.sub(r"^stage\.\d+\.", "", key)  # a stage's own tables are laid over the recipe's
         return any(f"{bare}.".startswith(f"{each}.") for each in left)
 
-    rows = _rows(theirs.model_dump(exclude=APART), ours.model_dump(exclude=APART))
-    return [f"{key}: {old!r} -> {new!r}" for key, old, new in rows if not apart(key)]
+    old, new = (_without_own_views(each.model_dump(exclude=APART)) for each in (theirs, ours))
+    rows = _rows(old, new)
+    return [f"{key}: {was!r} -> {now!r}" for key, was, now in rows if not apart(key)]
 
 
-def measured_differences(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the fingerprints of two arms differ, seed by seed (``kdcore.guards``), in words."""
+def changes_data(recipe: Recipe) -> bool:
+    """Whether what the student sees is part of the method."""
+    stages = [stage.params.get("augmentation", []) for stage in recipe.stage]
+    return any(each.method for each in recipe.augmentation) or any(
+        table.get("method") for each in stages for table in each
+    )
+
+
+def measured_differences(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], *, data: bool = True
+) -> list[str]:
+    """Where the fingerprints of two arms differ, seed by seed (``kdcore.guards``), in words.
+
+    ``data = False`` leaves out which samples came first and what they looked like: the method decides it.
+    """
     return [
         words
         for key, words in MEASURED.items()
-        if any(mine.get(key) != other.get(key) for mine, other in zip(ours, theirs, strict=True))
+        if (data or key not in ("ids", "batch"))
+        and any(mine.get(key) != other.get(key) for mine, other in zip(ours, theirs, strict=True))
     ]
+
+
+def _without_own_views(tree: dict[str, Any]) -> dict[str, Any]:
+    for table in (tree, *tree.get("stage", ())):
+        if table.get("augmentation"):
+            table["augmentation"] = [each for each in table["augmentation"] if not each.get("method")]
+    return tree
 
 
 def _rows(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:

@@ -69,6 +69,7 @@ def write(
     _details(page, work)
     page.save(work.folder)
     record = {"metric": work.metric, "seeds": list(work.seeds), "table": table, "verdicts": verdicts}
+    record["references"] = [name for name in work.references if name in values]
     more = {
         "failures": work.failures,
         "searches": work.searches,

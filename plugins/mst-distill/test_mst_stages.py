@@ -24,6 +24,7 @@ from kdcore import Batch, InputError
 from kdcore import recipe as recipes
 from kdcore.building import Builder
 from kdcore.checkpoint import load_tensors, save_tensors
+from kdcore.folder import placed
 from kdcore.parts import Parts
 from kdcore.shipping import load_run, load_student
 from kdcore.stages import StageRun
@@ -50,7 +51,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def left(folder: Path, stage: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"stages/{stage}/artefacts.json").read_text("utf-8"))
+    text = (folder / f"stages/{stage}/artefacts.json").read_text("utf-8")
+    found: dict[str, Any] = placed(json.loads(text), folder)
     return found
 
 
