@@ -114,6 +114,7 @@ def test_a_last_cloud_without_points_is_refused_and_a_first_one_is_not(batch: Ba
 
 def test_a_config_file_of_yours_is_run_and_plugins_only_refuses_it(tmp_path: Path) -> None:
     from kd_plugin_mmdet3d.small import pointpillars
+
     from kdcore import api
 
     path = tmp_path / "mine.py"

@@ -47,7 +47,7 @@ def main() -> None:
     taught = next(path for path in arms if list(path.glob("*/stages/*/teacher-main/teacher.safetensors")))
     teacher_of = sorted(taught.glob("seed-*"))[0]
     for arm in arms:
-        rows = [gaps(seed, teacher_of, area) for seed in sorted(arm.glob("seed-*"))]
+        rows = [gaps(path.parent, teacher_of, area) for path in sorted(arm.glob("seed-*/results.json"))]
         means = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
         print(arm.name, ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
 
