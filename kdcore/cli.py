@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from kdcore import startup
 from kdcore.errors import InputError, KDError, nearest
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -342,7 +341,6 @@ def schema(component: str | None, kind: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors in words and their exit codes."""
-    startup.enabled = arguments is None  # a process of its own
     debug = "--debug" in (arguments or sys.argv)
     args = [a for a in (arguments if arguments is not None else sys.argv[1:]) if a != "--debug"]
     raise SystemExit(_guarded(lambda: kd.main(args, prog_name="kd", standalone_mode=False), debug))

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from kdcore import building as build
-from kdcore import parallel, sharding, startup
+from kdcore import parallel, sharding
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source
@@ -100,8 +100,7 @@ class StageRun:
 
         Done already (a resumed run): the weights are loaded and nothing is trained. Returns the result.
         """
-        with startup.lean():
-            from kdcore import engine
+        from kdcore import engine
 
         table, folder = train or self.recipe.train, self.folder / name
         done = folder / "result.json"

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcore import startup
 from kdcore.counts import Counts
 from kdcore.errors import InputError, nearest
 from kdcore.kinds import Terms
@@ -141,9 +140,8 @@ class Meter:
 
 def _metric_class(name: str) -> Any:
     """A class of torchmetrics by its snake_case name, or anybody's by its import string."""
-    with startup.lean():
-        import torchmetrics
-        from torchmetrics.text import Perplexity
+    import torchmetrics
+    from torchmetrics.text import Perplexity
 
     if ":" in name:
         found = import_string(name, "task.metrics")
