@@ -1,6 +1,6 @@
 """The catalogue, registry.toml: what packaging cannot know about each paper and its plugin.
 
-The wheel carries a copy beside this module; in a clone it is a link to the file at the root.
+It lies beside this module, so that sdist and wheel carry it; at the root of a clone is a link to it.
 """
 
 from __future__ import annotations

@@ -59,6 +59,9 @@ def check_core(python: str, wheels: Path, scratch: Path, names: list[str]) -> No
     kd = binary.parent / "kd"
     for command in (["list"], ["plugins"], ["doctor"]):
         subprocess.run([str(kd), *command], check=True, cwd=scratch)
+    road = subprocess.run([str(kd), "list", "--all"], check=True, cwd=scratch, capture_output=True, text=True)
+    if "catalogued, not installed" not in road.stdout:
+        raise SystemExit("the wheel carries no catalogue")
     run = [
         str(kd),
         "run",
