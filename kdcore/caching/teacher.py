@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class CachedTeacher(Teacher):
     """
 
     live = False
+    expected_failures: ClassVar = {"runs": "answers only for the samples of a cache that kd cache made"}
 
     def __init__(self, *, path: str, weights: str | None = None, **teacher: Any) -> None:
         super().__init__()
