@@ -1,4 +1,4 @@
-"""Every method's demonstration, one after the other: the commands of the READMEs' evidence.
+"""Every method's demonstration, one after the other: the commands of the READMEs' evidence, run in FOLDER.
 
 python tools/run_demos.py [SLUG ...] [--out FOLDER]
 """
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("slugs", nargs="*", choices=[[], *commands], default=[], metavar="SLUG")
     parser.add_argument("--out", type=Path, default=Path("runs/demos"))
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     for slug in options.slugs or commands:
-        for index, command in enumerate(commands[slug]):
+        for command in commands[slug]:
             print(f"== {slug}: {command}", flush=True)
-            out = options.out / f"{slug}-{index}"
-            subprocess.run([*runnable(command), "--out", str(out)], check=True, cwd=ROOT)
+            subprocess.run(runnable(command), check=True, cwd=options.out)
 
 
 if __name__ == "__main__":
