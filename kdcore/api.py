@@ -189,7 +189,7 @@ def _stage(
     name = recipes.stage_name(table, index)
     view = recipes.parse_stage(recipe, table, f"stage.{index}")
     stage_run = StageRun(view, name, folder / "stages" / name, artefacts, progress, force=force)
-    stage_run.folder.mkdir(parents=True, exist_ok=True)
+    parallel.make_folder(stage_run.folder)
     params = resolve.stage_params("stage", table)
     stage = stage_run.builder().make("stage", table.use, params, f"stage.{index}")
     return dict(stage.run(stage_run))

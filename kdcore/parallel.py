@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ def refuse_batch_statistics(student: nn.Module) -> None:
                 f"{name!r} has batch statistics: over {world()} processes each would see its own share",
                 hint='use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process',
             )
+
+
+def make_folder(folder: Path) -> None:
+    """Made by the first process alone: another would bring back a folder that the first has just discarded."""
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def barrier() -> None:

@@ -115,7 +115,7 @@ class StageRun:
         distiller, _ = self.context(parts, table)
         distiller.guards.enabled = self.recipe.report.guards
         distiller.guards.warnings += _untrained(self.recipe, parts)
-        folder.mkdir(parents=True, exist_ok=True)
+        parallel.make_folder(folder)
         if table.compile:
             for model in [student.model, *(t.model for t in parts.teachers.values())]:
                 model.compile()
@@ -166,7 +166,7 @@ class StageRun:
             self.seed_offset + offset,
             self.force,
         )
-        inner.folder.mkdir(parents=True, exist_ok=True)
+        parallel.make_folder(inner.folder)
         return stage.run(inner)
 
     def evaluate(self, model: Any, task: Task, split: str) -> dict[str, float]:
