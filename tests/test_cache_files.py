@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,29 @@ def test_stopped_after_any_shard_and_run_again(
         monkeypatch.setattr(writer, "write_shard", real)
         kdcore.cache(many, out=folder)
         assert files(folder) == whole
+
+
+@pytest.mark.parametrize("survived", [3, 7])
+def test_gone_on_with_another_batch_size(
+    survived: int, many: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are cut by batches: those that are there and those to come must share their edges."""
+    whole = files(kdcore.cache(many, out=tmp_path / "whole").folder)
+    real, left = writer.write_shard, [survived]
+
+    def some(path: Path, rows: Rows, identity: str) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(path, rows, identity)
+
+    monkeypatch.setattr(writer, "write_shard", some)
+    with suppress(KeyboardInterrupt):
+        kdcore.cache(many, out=tmp_path / "part")
+    monkeypatch.setattr(writer, "write_shard", real)
+    many["data"]["batch_size"] = 12
+    kdcore.cache(many, out=tmp_path / "part")
+    assert files(tmp_path / "part") == whole
 
 
 def test_killed_by_the_system_and_run_again(many: Tree, tmp_path: Path) -> None:

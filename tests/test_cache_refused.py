@@ -13,7 +13,8 @@ import torch
 
 import kdcore
 from kdcore.caching import Cache
-from kdcore.caching.keys import Watched, row_keys
+from kdcore.caching.header import files_of
+from kdcore.caching.keys import Watched, row_keys, tensors_digest
 from kdcore.checkpoint import save_tensors
 from kdcore.errors import InputError
 from kdcore.types import Batch
@@ -283,3 +284,30 @@ def test_a_watched_batch_notes_what_is_read() -> None:
         watched = Watched(Batch(values))
         take_all(watched)
         assert watched.read == {"id", "a", "b"}
+    watched = Watched(Batch(values))
+    assert (watched.pop("a").sum(), watched.setdefault("b").sum(), watched.pop("none", 7)) == (2, 2, 7)
+    assert watched.read >= {"a", "b"}
+
+
+def test_files_in_lists_and_long_texts_among_the_parameters(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("1")
+    params = {"files": [str(tmp_path / "one.txt")], "prompt": "Say it. " * 100}
+    before = files_of(params)
+    (tmp_path / "one.txt").write_text("2")
+    assert list(before) == ["files.0"]
+    assert before != files_of(params)
+
+
+def test_a_digest_takes_what_is_no_tensor_in_a_state_dict() -> None:
+    """Quantised layers keep packed weights there, other modules an extra state."""
+    tree = {"a": (torch.ones(2), {"scale": 2.0}), "b": None}
+    found = tensors_digest(tree)
+    assert found == tensors_digest(copy.deepcopy(tree))
+    for other in ((torch.zeros(2), {"scale": 2.0}), (torch.ones(2), {"scale": 3.0})):
+        assert tensors_digest({**tree, "a": other}) != found
+
+
+@pytest.mark.parametrize("option", [{"codec": "top-k"}, {"dtype": "bf16"}, {"codec": "topk", "mass": 90}])
+def test_options_that_are_none(option: Tree, tmp_path: Path, recipe: Tree) -> None:
+    with pytest.raises(InputError, match=next(name for name in ("dtype", "mass", "codec") if name in option)):
+        kdcore.cache(recipe, out=tmp_path / "cache", **option)

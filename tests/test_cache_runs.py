@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import kdcore
-from kdcore.caching import log_error
+from kdcore.caching import Cache, log_error
+from kdcore.caching.teacher import _grow, _Place
 from kdcore.checkpoint import load_tensors
+from kdcore.errors import RunError
 
 Tree = dict[str, Any]
 
@@ -153,6 +155,20 @@ def test_hidden_states_with_the_output_layer_are_the_same_run(tokens: Tree, tmp_
     assert student(live) == student(again)
     header = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert header["outputs"] == {"hidden": [12, 32], "mask": [12]}
+    head = tmp_path / "cache" / "head.safetensors"
+    whole = head.read_bytes()
+    head.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(RunError, match="other values"):
+        _ = Cache(tmp_path / "cache").head
+    kdcore.cache(tokens, out=tmp_path / "cache")
+    assert head.read_bytes() == whole
+
+
+def test_a_tapped_module_may_have_any_name() -> None:
+    place = _Place()
+    for path in ("blocks.0.add", "given", "blocks.0"):
+        _grow(place, path.split("."))
+    assert [name for name, _ in place.named_modules()] == ["", "blocks", "blocks.0", "blocks.0.add", "given"]
 
 
 @pytest.mark.parametrize("unembed", [False, True])

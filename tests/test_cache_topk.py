@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdcore import Outputs, TopK, Unembed, functional
 from kdcore.caching import TopKCodec, log_error
-from kdcore.errors import InputError
+from kdcore.caching.layout import Layout
+from kdcore.errors import InputError, RunError
 from kdcore.functional import from_topk, topk_rows
 from kdcore.losses import kd_loss
 
@@ -166,7 +167,15 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     "classes, k, mass",
-    [(128_256, 56, None), (512, 32, None), (65, 16, None), (12, 11, None), (1000, 32, 0.9), (300, 7, 0.5)],
+    [
+        (128_256, 56, None),
+        (512, 32, None),
+        (65, 16, None),
+        (12, 11, None),
+        (1000, 32, 0.9),
+        (300, 7, 0.5),
+        (9, 1, 0.9),
+    ],
 )
 def test_the_codec_keeps_ids_and_log_probabilities(classes: int, k: int, mass: float | None) -> None:
     codec, draw = TopKCodec(classes, k, mass, temperature=2.0), torch.Generator().manual_seed(1)
@@ -189,6 +198,35 @@ def test_the_codec_keeps_ids_and_log_probabilities(classes: int, k: int, mass: f
         if mass is not None and count < k:
             assert true.exp().sum() >= mass
             assert count == 1 or true[: -(-count // 2) - 1].exp().sum() < mass
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_no_distribution_are_not_coded(wrong: float) -> None:
+    """The codes of NaN would be read as probabilities, and no guard of the run would see it."""
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = wrong
+    with pytest.raises(RunError, match="no distribution"):
+        TopKCodec(40, 8).encode(logits)
+
+
+def test_hidden_states_that_were_rounded_meet_an_output_layer_that_was_not() -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 4, generator=draw), torch.randn(20, 4, generator=draw)
+    layout = Layout.of(Outputs(unembed=Unembed(hidden, weight)), ["logits"], None, "bfloat16")
+    ids = torch.arange(3)
+    kept = layout.rows(ids, ids, Outputs(unembed=Unembed(hidden, weight)))
+    found = layout.outputs(kept.columns, 3, Unembed(hidden[:0], weight))
+    assert torch.equal(found["unembed"].logits(), hidden.bfloat16().float() @ weight.T)
+
+
+def test_logits_and_the_output_layer_are_both_kept() -> None:
+    hidden, weight = torch.randn(3, 4), torch.randn(20, 4)
+    outputs = Outputs(logits=torch.randn(3, 20), unembed=Unembed(hidden, weight))
+    layout, ids = Layout.of(outputs, ["logits", "unembed"], None, None), torch.arange(3)
+    found = layout.outputs(layout.rows(ids, ids, outputs).columns, 3, Unembed(hidden[:0], weight))
+    assert found.unembed is not None
+    assert torch.equal(found.unembed.hidden, hidden)
+    assert torch.equal(found["logits"], outputs["logits"])
 
 
 def test_a_token_of_128256_classes_takes_149_bytes() -> None:

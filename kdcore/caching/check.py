@@ -164,14 +164,13 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _get(tree: Mapping[str, Any], path: str) -> Any:
+def _get(tree: Any, path: str) -> Any:
     for step in path.split("."):
-        tree = tree[step]
+        tree = tree[int(step) if isinstance(tree, list) else step]
     return tree
 
 
-def _put(tree: dict[str, Any], path: str, value: Any) -> None:
-    *steps, last = path.split(".")
-    for step in steps:
-        tree = tree[step]
-    tree[last] = value
+def _put(tree: Any, path: str, value: Any) -> None:
+    before, _, last = path.rpartition(".")
+    tree = _get(tree, before) if before else tree
+    tree[int(last) if isinstance(tree, list) else last] = value

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from kdcore.errors import InputError
+from kdcore.errors import InputError, RunError
 from kdcore.types import TopK
 
 RANGE = 16.0  # nats: what is less likely than exp(-16) is kept as that
@@ -106,11 +106,13 @@ class TopKCodec:
         top = z.topk(self.k, -1)
         others = z.scatter(-1, top.indices, -math.inf).logsumexp(-1)
         whole = torch.logaddexp(top.values.logsumexp(-1), others)
+        if not bool(whole.isfinite().all()):  # as a code it would be a probability like any other
+            raise RunError("the teacher's logits are no distribution: NaN, or an infinity, is among them")
         return top.values - whole.unsqueeze(-1), top.indices, others - whole
 
     def _sizes(self, top: Tensor) -> Tensor:
         """The place in ``counts`` of the fewest entries that hold ``mass``."""
-        if self.mass is None:
+        if self.mass is None or self.k == 1:
             return torch.zeros(len(top), dtype=torch.uint8)
         held = top.double().exp().cumsum(-1)
         reached = torch.stack([held[:, count - 1] >= self.mass for count in self.counts[1:]], -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ def augmentation_of(recipe: Recipe, replayed: list[str], steps: int) -> dict[str
     }
 
 
-def files_of(params: Mapping[str, Any], place: str = "") -> dict[str, str]:
-    """Digests of the files and folders that parameters name, by the parameter's place."""
+def files_of(params: Mapping[str, Any] | list[Any], place: str = "") -> dict[str, str]:
+    """Digests of the files and folders that parameters name, by the parameter's place (a list's by number)."""
     found: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
+    for key, value in params.items() if isinstance(params, Mapping) else enumerate(params):
+        if isinstance(value, Mapping | list):
             found |= files_of(value, f"{place}{key}.")
-        elif isinstance(value, str) and ("/" in value or "." in value) and Path(value).exists():
+        elif isinstance(value, str) and ("/" in value or "." in value) and os.path.exists(value):
             found[f"{place}{key}"] = file_digest(Path(value))
     return found
 

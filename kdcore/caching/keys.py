@@ -8,7 +8,7 @@ tensors' own bytes, on their device: a checksum against mistakes, not against fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ class Watched(Batch):
         if key in self:
             self.read.add(key)
         return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.read.add(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().setdefault(key, default)
 
     def _all(self) -> None:
         self.read.update(super().keys())
@@ -130,10 +138,17 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Of all bits of named tensors."""
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Of all bits of a state dict: tensors, and what else modules put there (extra state, packed weights)."""
     state = hashlib.blake2b(digest_size=16)
     for name, value in sorted(tensors.items()):
+        if isinstance(value, Mapping | list | tuple):
+            inner = value if isinstance(value, Mapping) else dict(enumerate(value))
+            value = tensors_digest({str(key): each for key, each in inner.items()})
+        if not isinstance(value, Tensor):
+            state.update(f"{name} {value!r}".encode())
+            continue
+        value = value.dequantize() if value.is_quantized else value
         flat = value.detach().cpu().contiguous().reshape(-1)
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         state.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

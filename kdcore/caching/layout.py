@@ -43,7 +43,8 @@ class Layout:
         """What must be kept so that ``needs`` can be read; ``codec`` is made for a number of classes."""
         made, found = None, {}
         for name in sorted({"mask", *needs}):
-            key = "hidden" if name in ("logits", "unembed") and outputs.logits is None else name
+            of_hidden = name == "unembed" or (name == "logits" and outputs.logits is None)
+            key = "hidden" if of_hidden else name
             if name == "logits" and codec is not None:
                 made, key = codec(_classes(outputs)), "topk"
             if name in ("mask", "target") and getattr(outputs, name) is None:
@@ -96,7 +97,8 @@ class Layout:
                 value = _spread(columns[_column(name)], live, 0).view(count, *shape)
                 if name == "hidden":
                     assert head is not None
-                    found.unembed = head._replace(hidden=value)
+                    rounded = self.dtype is not None  # and is multiplied by weights that were not
+                    found.unembed = head._replace(hidden=value.to(head.weight.dtype) if rounded else value)
                 elif name in OWN:
                     setattr(found, name, value)
                 else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcore.caching import header as headers
 from kdcore.caching.codec import TopKCodec
-from kdcore.caching.keys import row_keys
+from kdcore.caching.keys import row_keys, tensors_digest
 from kdcore.caching.layout import Columns, Layout
 from kdcore.caching.shards import Shard, damaged
 from kdcore.checkpoint import load_tensors
@@ -91,6 +91,8 @@ class Cache:
         if "hidden" not in self.layout.shapes:
             return None
         found = load_tensors(self.folder / HEAD, str(self.folder))
+        if tensors_digest(found) != self.header.get("head_digest"):
+            raise damaged(self.folder / HEAD, "it has other values than were written")
         softcap, scale = self.header["head"]
         return Unembed(torch.empty(0), found["weight"], found.get("bias"), softcap, scale)
 

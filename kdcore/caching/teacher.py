@@ -32,7 +32,7 @@ class CachedTeacher(Teacher):
         self.skeleton = _Place()
         self.places = {path.removesuffix(".in"): None for path in self.cache.header["taps"]}
         for path in self.places:
-            self.skeleton.add(path.split("."))
+            _grow(self.skeleton, path.split("."))
 
     @property
     def model(self) -> nn.Module:
@@ -60,8 +60,8 @@ class CachedTeacher(Teacher):
         outputs = self.cache.outputs(batch)
         for path in self.places:  # for the taps, which listen to modules
             module: Any = self.skeleton.get_submodule(path)
-            module.given = outputs.tensors.get(path)
-            module(outputs.tensors.get(f"{path}.in", module.given))
+            module._said = outputs.tensors.get(path)
+            module(outputs.tensors.get(f"{path}.in", module._said))
         return outputs
 
     @torch.no_grad()
@@ -91,13 +91,15 @@ class CachedTeacher(Teacher):
 class _Place(nn.Module):
     """A module of the live teacher that a loss reads: gives back what it said, so that hooks on it are called."""
 
-    given: Tensor | None = None
-
-    def add(self, path: list[str]) -> None:
-        if path:
-            if path[0] not in self._modules:
-                self.add_module(path[0], _Place())
-            self._modules[path[0]].add(path[1:])  # type: ignore[union-attr,operator]
+    _said: Tensor | None = None  # nothing public here: a module of the teacher may have any name
 
     def forward(self, value: Tensor) -> Tensor:
-        return value if self.given is None else self.given
+        return value if self._said is None else self._said
+
+
+def _grow(place: nn.Module, path: list[str]) -> None:
+    """The places along a path of modules."""
+    for name in path:
+        if name not in place._modules:
+            place.add_module(name, _Place())
+        place = place.get_submodule(name)

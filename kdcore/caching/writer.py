@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from kdcore import building, parallel
 from kdcore import recipe as recipes
@@ -33,7 +34,7 @@ from kdcore.kinds import Teacher
 from kdcore.progress import Progress
 from kdcore.stages import Distill, StageRun
 from kdcore.tables import Recipe, StageTable
-from kdcore.types import Batch, Outputs
+from kdcore.types import Batch, Outputs, Unembed
 
 SHARD_BYTES = 64 * 2**20
 Codec = Literal["full", "topk"]
@@ -48,6 +49,13 @@ class Options:
     k: int = 56
     mass: float | None = None
     dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("codec", get_args(Codec)), ("dtype", (None, *get_args(Dtype)))):
+            if (given := getattr(self, name)) not in allowed:
+                raise InputError(name, "no such way to keep values", given=given, allowed=allowed)
+        if self.mass is not None and not 0 < self.mass < 1:
+            raise InputError("mass", "is a share of the probability", given=self.mass, allowed="0 < mass < 1")
 
 
 @dataclass(frozen=True)
@@ -141,13 +149,14 @@ class Writer:
         run, recipe, source = recorder.context, recorder.recipe, recorder.source
         run.steps_per_epoch = run.order.steps_per_epoch
         run.total_steps = recipe.train.steps or (recipe.train.epochs or 1) * run.steps_per_epoch
+        self.sizes = source.batch_sizes
         self.changing = [n for n, each in recorder.parts.augmentations.items() if changes_inputs(each)]
         self._refuse_moving()
         self.replayed = [n for n, s in source.streams.items() if self.changing or hasattr(s, "augment")]
         first = recorder.ask(next(self._batches(self._first_part()))[1])
         self.inputs = sorted(first.read)
         self.layout = Layout.of(first.outputs, recorder.needs, self._codec(), options.dtype)
-        self.batch_bytes = self._rows(first).bytes
+        self.together = max(SHARD_BYTES // max(self._rows(first).bytes, 1), 1)  # batches a shard
         self.head = first.outputs.unembed if "hidden" in self.layout.shapes else None
         self.header = self._header()
         self.identity = headers.identity({"format": f"kdcore.cache {headers.VERSION}", **self.header})
@@ -187,13 +196,12 @@ class Writer:
     # ---- which batches ------------------------------------------------------------------------------
 
     def _parts(self) -> Iterator[Part]:
-        together = max(SHARD_BYTES // max(self.batch_bytes, 1), 1)
-        sizes = self.recorder.source.batch_sizes
+        together = self.together
         if self.replayed:
             yield Part("sample")
         for name, data in self.recorder.source.streams.items():
             if name not in self.replayed:
-                count = -(-len(data) // sizes[name])
+                count = -(-len(data) // self.sizes[name])
                 for first in range(0, count, together):
                     yield Part("once", name, first, min(first + together, count))
         steps = self.recorder.context.total_steps if self.replayed else 0
@@ -217,7 +225,7 @@ class Writer:
 
     def _once(self, name: str, first: int, last: int) -> Iterator[tuple[str, Batch]]:
         source = self.recorder.source
-        data, size = source.streams[name], source.batch_sizes[name]
+        data, size = source.streams[name], self.sizes[name]
         for start in range(first * size, last * size, size):
             keys = [Key(name, 0, place) for place in range(start, min(start + size, len(data)))]
             yield name, Keyed({name: data}, source.seed).__getitems__(keys).to(self.recorder.context.device)
@@ -303,6 +311,8 @@ class Writer:
             "inputs": self.inputs,
             "precision": recipe.train.precision,
             "head": None if self.head is None else [self.head.softcap, self.head.scale],
+            "head_digest": None if self.head is None else tensors_digest(_weights(self.head)),
+            "cut": {"batch_sizes": self.sizes, "together": self.together},
             "made_with": headers.made_with(),
         }
         plain: dict[str, Any] = json.loads(json.dumps(header))
@@ -322,14 +332,19 @@ class Writer:
             if change := difference(then, now):
                 problem = f"holds another cache: {change}"
                 raise InputError(str(self.folder), problem, hint="name another --out")
+            # the batch size may be another one by now, and what is there was cut by the first
+            cut = self.header["cut"] = before.get("cut", self.header["cut"])
+            self.sizes, self.together = cut["batch_sizes"], cut["together"]
         for draft in self.folder.glob(".*.tmp"):
             draft.unlink(missing_ok=True)  # of a process that was killed while it wrote
         headers.write(self.folder, {**self.header, "shards": {}, "complete": False})
-        if self.head is not None and not (self.folder / HEAD).exists():
-            tensors = {"weight": self.head.weight}
-            save_tensors(
-                self.folder / HEAD, tensors if self.head.bias is None else {**tensors, "bias": self.head.bias}
-            )
+        if self.head is not None:  # anew each time: what lies there may be damaged, or of a cache before
+            save_tensors(self.folder / HEAD, _weights(self.head))
+
+
+def _weights(head: Unembed) -> dict[str, Tensor]:
+    named = {"weight": head.weight, "bias": head.bias}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def write(
