@@ -99,6 +99,12 @@ class Order:
         size, batch = self.sizes[self.epoch_stream], self.batch_sizes[self.epoch_stream]
         if epoch in self.drawn or (block := self.draw(size, epoch)) is None:
             return
+        if not isinstance(block, Tensor) or block.dim() != 1 or block.dtype != torch.int64:
+            given = (
+                f"{block.dtype} {list(block.shape)}" if isinstance(block, Tensor) else type(block).__name__
+            )
+            problem = "draws no indices (a choice as bool is not one: chosen.nonzero().flatten())"
+            raise InputError("augmentation", problem, given=given, allowed="a tensor, int64 [n]")
         least = (self.steps_per_epoch - 1) * batch + 1
         if len(block) < least or not 0 <= int(block.min()) <= int(block.max()) < size:
             given = (

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kdcore
 from kdcore import InputError, building
+from kdcore.data import Order
 
 CODE = """
 import json
@@ -121,6 +123,18 @@ def test_a_block_that_does_not_do_is_refused(
     with pytest.raises(InputError, match="draws no such samples") as error:
         kdcore.run(recipe(**params), out=tmp_path / "run")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [torch.ones(10, dtype=torch.bool), torch.rand(10), torch.zeros(10, 1, dtype=torch.int64), [0] * 10],
+)
+def test_a_block_that_holds_no_indices_is_refused(block: Any) -> None:
+    """As numbers, a choice by True and False would be samples 1 and 0."""
+    order = Order({"main": 10}, {"main": 4}, "main", 0)
+    order.follow(lambda size, epoch: block, None)
+    with pytest.raises(InputError, match="draws no indices"):
+        order.begin_epoch(0)
 
 
 def test_two_that_draw_are_refused(recipe: Callable[..., Any], tmp_path: Path) -> None:
