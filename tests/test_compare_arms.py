@@ -147,6 +147,18 @@ def test_a_stages_own_losses_are_the_method_too(tiny: dict[str, Any]) -> None:
     assert recipe_differences(parse(plain), parse(staged)) == ["stage.0.train.epochs: 5 -> 6"]
 
 
+def test_a_stages_own_weight_of_the_task_is_the_method_too(tiny: dict[str, Any]) -> None:
+    tiny["stage"] = [{"use": "distill", "task": {"weight": 0.1, "metrics": ["accuracy"]}}]
+    found, own = arms_of(Source(tiny), [])
+    assert found["none"]["stage"][0]["task"] == {"metrics": ["accuracy"]}
+    assert found["kd"]["stage"] == found[own]["stage"] == tiny["stage"]
+    other = copy.deepcopy(tiny)
+    tiny["stage"][0]["task"], other["stage"][0] = {"weight": 0.1}, {"use": "distill"}
+    assert recipe_differences(parse(tiny), parse(other)) == []
+    tiny["stage"][0]["task"]["use"] = "language"
+    assert recipe_differences(parse(tiny), parse(other)) == ["stage.0.task.use: None -> 'language'"]
+
+
 def test_what_was_measured_is_told_in_words() -> None:
     mine = {"student": "a", "ids": ["1", "2"], "batch": "b", "teachers": {"main": "t"}, "steps": 8}
     assert measured_differences([mine, mine], [mine, mine]) == []

@@ -31,8 +31,10 @@ def arms_of(source: Source, specs: Iterable[str]) -> tuple[dict[str, Tree], str]
     own = own if own and own not in STOCK else "recipe"
     found: dict[str, Tree] = {}
     if parse(base).task.use != "none":
-        found["none"] = _without_method(base)
-        found["none"]["task"] = {k: v for k, v in base.get("task", {}).items() if k != "weight"}
+        found["none"] = none = _without_method(base)
+        for table in (none, *none.get("stage", ())):
+            if "task" in table:  # a weight beside a distillation term says nothing of the task alone
+                table["task"] = {k: v for k, v in table["task"].items() if k != "weight"}
     if base.get("teacher"):
         found["kd"] = {**_without_method(base), "loss": [{"use": "kd"}]}
     found[own] = base

@@ -69,6 +69,10 @@ def _rows(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every leaf that differs; lists of equal length are compared item by item."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
+    if old is None and isinstance(new, Mapping) and new:  # a stage may have a table that another's lacks
+        old = {}
+    if new is None and isinstance(old, Mapping) and old:
+        new = {}
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return [] if old == new else [(place, old, new)]
     keys = dict.fromkeys([*old, *new])
