@@ -128,7 +128,11 @@ class ExportSpec(BaseModel):
     def _check_host(self) -> None:
         if self.host is None:
             return
-        names = {n.name for n in ast.parse(self.host.read_text()).body if isinstance(n, ast.FunctionDef)}
+        try:
+            body = ast.parse(self.host.read_text("utf-8")).body
+        except SyntaxError as error:
+            raise ValueError(f"{self.host.name} is no Python: {error}") from error
+        names = {n.name for n in body if isinstance(n, ast.FunctionDef)}
         if not names & {"preprocess", "postprocess"}:
             raise ValueError(f"{self.host.name} has neither preprocess(inputs) nor postprocess(outputs)")
 

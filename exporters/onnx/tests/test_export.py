@@ -331,6 +331,13 @@ def test_a_specification_that_contradicts_itself(
         flat_spec(**changes)
 
 
+def test_host_code_that_is_no_python(tmp_path: Path, flat_spec: Spec) -> None:
+    host = tmp_path / "host.py"
+    host.write_text("def preprocess(inputs:\n", "utf-8")
+    with pytest.raises(SpecError, match=r"host\.py is no Python"):
+        flat_spec(host=host, raw_samples={"x": np.ones((24, 8), np.float32)})
+
+
 def test_labels_must_fit_the_outputs(tmp_path: Path, flat_spec: Spec, students: SimpleNamespace) -> None:
     with pytest.raises(SpecError, match="2 labels for the 3 values of output 'y'"):
         export(
