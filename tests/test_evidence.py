@@ -107,3 +107,17 @@ def test_the_result_takes_its_place_in_the_catalogue(evidence: ModuleType) -> No
     )
     kinds = [{"claim": "shown", "finding": "A."}, {"claim": "not shown", "finding": "B."}]
     assert evidence.summary(kinds) == "partly: A. B."
+
+
+def test_a_record_without_a_value_or_a_reference_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ours: one value for each"):
+        record(tmp_path / "a", "accuracy", [0, 1], {"none": [0.5, 0.6], "ours": [0.7]}, ["none"])
+    with pytest.raises(ValueError, match="reference kd is none of the arms"):
+        record(tmp_path / "a", "accuracy", [0, 1], {"none": [0.5, 0.6]}, ["kd"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_seeds_that_are_no_row_are_named_one_by_one(tmp_path: Path) -> None:
+    values = {"none": [0.5, 0.6, 0.7], "ours": [0.7, 0.8, 0.8]}
+    assert "seeds 0, 5, 7 |" in record(tmp_path / "a", "accuracy", [0, 5, 7], values, ["none"])
+    assert "seeds 4 to 6 |" in record(tmp_path / "b", "accuracy", [4, 5, 6], values, ["none"])

@@ -64,7 +64,7 @@ def section(name: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
         command = [sys.executable, *COMMANDS[name], "--json", str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         rows = json.loads(out.read_text("utf-8"))
     told = table(rows) if isinstance(rows, list) else f"```\n{done.stdout.strip()}\n```"
     return f"## {TITLES[name]}\n\n`python {' '.join(COMMANDS[name])}`: {where}.\n\n{told}\n"

@@ -24,10 +24,15 @@ def record(
 ) -> str:
     """Write ``folder``/compare.json, which tools/evidence.py reads, and give the table as markdown.
 
-    ``values`` hold one number for each of ``seeds`` and arm; every arm is compared with every reference.
+    ``values`` hold one number for each of ``seeds`` and arm; every arm is compared with every reference. Raises
+    ValueError, and writes nothing, where a value or a reference is missing.
     """
     import torch
 
+    if bad := [arm for arm, row in values.items() if len(row) != len(seeds)] if seeds else ["no seeds"]:
+        raise ValueError(f"{bad[0]}: one value for each of the seeds {list(seeds)} is needed")
+    if unknown := [each for each in references if each not in values]:
+        raise ValueError(f"the reference {unknown[0]} is none of the arms {list(values)}")
     versions: dict[str, Any] = {"kdcore": __version__, "torch": torch.__version__}
     data = {"metric": metric, "seeds": list(seeds), "values": dict(values), "references": list(references)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +50,9 @@ def table(
     paired = len(seeds) > 1
     differences = compare_all(values, references) if paired else {}
     scale = scale_of(metric, None, max((abs(row[0]) for row in values.values()), default=1.0))
-    head = [f"{metric.replace('_', ' ')}{scale.unit}, seeds {seeds[0]} to {seeds[-1]}"]
+    row_of_all = list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    which = f"{seeds[0]} to {seeds[-1]}" if row_of_all else ", ".join(map(str, seeds))
+    head = [f"{metric.replace('_', ' ')}{scale.unit}, seeds {which}"]
     head += [f"to {reference} [95 %], p" for reference in references]
     lines = ["| arm | " + " | ".join(head) + " |", "| --- |" + " --- |" * len(head)]
     for arm, row in values.items():
