@@ -28,7 +28,11 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug, with any command, shows where an error was raised.",
+)
 @click.version_option(package_name="kdcore", prog_name="kd")
 def kd() -> None:
     """Knowledge distillation from recipes."""
@@ -221,9 +225,14 @@ def show(name: str, kind: str | None) -> None:
         (k, e, c) for k, e, c in registry.components(kind) if name in (c.name, f"{e.distribution}:{c.name}")
     ]
     slug = name.split(":")[-1].split(".")[0]
-    if not found and catalog.method(slug) is None:
-        registry.find(kind or "loss", name, "name")
-    if not found and not any(e.name == slug for e in registry.entries):
+    installed = any(e.name == slug for e in registry.entries)
+    broken = any(fault.entry.name == slug for fault in registry.quarantine)
+    if not found and not (name == slug if installed and not broken else catalog.method(slug)):
+        if kind or registry.trouble(slug):
+            registry.find(kind or "loss", name, "name")
+        hint = nearest(name, [c.name for _, _, c in registry.components()] + list(catalog.methods()))
+        raise InputError("name", "no such component or method", given=name, hint=hint or "kd list --all")
+    if not found and not installed:
         click.echo(f"{slug} is not installed: {catalog.how_to_get(catalog.methods()[slug])}\n")
     for each in found:
         _describe(*each)
@@ -325,16 +334,19 @@ def doctor() -> None:
 
 @kd.command()
 @click.option("--component", help="The parameters of one component instead.")
-@click.option("--kind", default="loss", show_default=True)
-def schema(component: str | None, kind: str) -> None:
+@click.option("--kind", help="Where one name is of several kinds (loss).")
+def schema(component: str | None, kind: str | None) -> None:
     """The JSON schema of a recipe, or of a component's parameters."""
     if component is None:
         from kdcore.tables import Recipe
 
         click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
         return
+    from kdcore import plugins
     from kdcore.building import schema as schema_of
 
+    kinds = [k for k, e, c in plugins.registry().components() if component.rpartition(":")[2] == c.name]
+    kind = kind or ("loss" if "loss" in kinds or not kinds else kinds[0])
     _, found = schema_of(kind, component, "--component")
     click.echo(json.dumps(found.model.model_json_schema(), indent=2))
 

@@ -83,9 +83,9 @@ class Registry:
             why, remedy = trouble
             raise InputError(place, f"{kind} {name!r} {why}", given=name, hint=remedy)
         if others := [other for other, names in self.offers.items() if bare in names]:
-            problem = f"{name!r} is a {others[0]}, not a {kind}"
-            raise InputError(place, problem, given=name, allowed=sorted(offered))
-        hint = nearest(name, [*offered, *catalog.methods()])
+            problem = f"{name!r} is {_article(others[0])}, not {_article(kind)}"
+            raise InputError(place, problem, given=name, allowed=sorted(offered), hint=f"kd show {name}")
+        hint = _parts(bare, offered) or nearest(name, [*offered, *catalog.methods()])
         raise InputError(place, f"unknown {kind} {name!r}", given=name, allowed=sorted(offered), hint=hint)
 
     def trouble(self, slug: str) -> tuple[str, str] | None:
@@ -246,3 +246,13 @@ def _checked(entry: Entry, hook: str, component: Any) -> Component:
     if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
         raise ValueError(f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'")
     return component
+
+
+def _parts(word: str, offered: Iterable[str]) -> str | None:
+    """``dkd`` may mean ``classics.dkd``, and a slug any of its parts."""
+    meant = [name for name in sorted(offered) if "." in name and word in name.split(".")]
+    return f"did you mean {' or '.join(map(repr, meant[:6]))}?" if meant else None
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"

@@ -132,6 +132,14 @@ def test_show_names_a_parameters_type_bounds_and_default(capsys: pytest.CaptureF
     assert "its claim on real data: not shown" in said
 
 
+def test_show_and_schema_know_names_of_any_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kd("show", "classics") == 0
+    assert kd("show", "classics.dkdd") == 2
+    assert "did you mean 'classics.dkd'?" in capsys.readouterr().err
+    assert kd("schema", "--component", "module") == 0  # a student and a teacher
+    assert '"checkpoint"' in capsys.readouterr().out
+
+
 def test_a_full_disk_behind_the_output_is_said_in_words() -> None:
     command = [sys.executable, "-m", "kdcore", "list"]
     with open("/dev/full", "w") as full:

@@ -281,6 +281,10 @@ def test_names_that_are_not_there() -> None:
     with pytest.raises(InputError, match="unknown loss") as caught:
         registry.find("loss", "pdl")
     assert "did you mean 'pld'?" in str(caught.value)
+    for word, meant in {"dkd": "'classics.dkd'", "classics": "'classics.at' or 'classics.crd' or"}.items():
+        with pytest.raises(InputError) as caught:
+            registry.find("loss", word)
+        assert f"did you mean {meant}" in str(caught.value)
     with pytest.raises(InputError, match="is a teacher, not a loss"):
         registry.find("loss", "module")
     with pytest.raises(InputError) as caught:
