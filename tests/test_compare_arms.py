@@ -108,6 +108,7 @@ def test_values_may_hold_commas(tiny: dict[str, Any]) -> None:
         (["taid"], "loss 'taid' is not installed"),
         (["a:seed=1", "a:seed=2"], "two arms have this name"),
         (["tiny:loss.0.weight=1"], "two arms have this name"),
+        (["hot:loss.0.temperature"], "an override without a value"),
         (["../up:seed=1"], "no arm can have this name"),
         ([""], "no arm can have this name"),
     ],

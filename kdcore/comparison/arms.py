@@ -11,6 +11,7 @@ from kdcore import catalog, plugins
 from kdcore.errors import InputError
 from kdcore.recipe import Source, parse
 from kdcore.source import override
+from kdcore.tables import Recipe
 
 Tree = dict[str, Any]
 STOCK = ("none", "kd")
@@ -59,6 +60,8 @@ def _read(spec: str) -> tuple[str, str, list[str]]:
     label = name.rpartition(":")[2]
     if not re.fullmatch(r"\w[\w.+-]*", label):
         raise InputError("--arm", "no arm can have this name", given=spec, allowed="NAME, NAME:KEY=VALUE,...")
+    if ":" in name and "." in label and label.partition(".")[0] in Recipe.model_fields:
+        raise InputError("--arm", "an override without a value", given=spec, allowed="NAME:KEY=VALUE,...")
     return name, label, _COMMA.split(match["overrides"]) if match and match["overrides"] else []
 
 
