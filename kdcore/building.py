@@ -293,7 +293,10 @@ def _check_judged(parts: Parts, said: Outputs, batch: Batch) -> None:
     if classes and logits is not None and logits.shape[1] < classes:
         problem = f"the student has {logits.shape[1]} classes, the data {classes}"
         raise InputError("student", problem, hint="give the model an output for each class")
-    inferred = parts.student.infer(said)
+    inferred: Any = parts.student.infer(said)
+    if not isinstance(inferred, Mapping):
+        given, allowed = type(inferred).__name__, 'a dict of tensors, for example {"logits": ...}'
+        raise InputError("student", "infer() gives tensors by name", given=given, allowed=allowed)
     try:
         task.meter().update(inferred, said, batch)
     except InputError:

@@ -259,6 +259,35 @@ def test_a_constructor_says_its_kind_and_the_error_has_its_place(
     assert caught.value.place == place
 
 
+RULE = """
+    from torch import nn
+    from kdcore import Outputs, Student
+
+    class Rule(Student):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, batch):
+            return Outputs(logits=self.head(batch["input"]))
+
+        def infer(self, outputs):
+            return outputs
+"""
+
+
+def test_an_inference_rule_gives_tensors_by_name(
+    tiny: dict[str, Any], write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = plugins.registry()
+    component = Component("rule", f"{write_module(RULE)}:Rule")
+    monkeypatch.setitem(registry.offers["student"], "rule", [(registry.entries[0], component)])
+    tiny["student"] = {"use": "rule"}
+    with pytest.raises(InputError, match="tensors by name") as caught:
+        kdcore.check(tiny)
+    assert "'Outputs'" in str(caught.value)
+
+
 def test_a_good_checkpoint_is_used(tiny: dict[str, Any], tmp_path: Path) -> None:
     model = build_module("kdcore.zoo:mlp", {"hidden": [16]})
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
