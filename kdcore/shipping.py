@@ -139,6 +139,8 @@ def _teachers(run: StageRun) -> dict[str, nn.Module]:
     """The run's teachers, with the weights that were trained in it."""
     builder, models = run.builder(), {}
     for name, table in run.recipe.teacher.items():
+        if not getattr(build.schema("teacher", table.use)[0], "live", True):
+            continue  # a cache answers for its own samples alone, and may be gone by now
         teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
         trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
         if trained.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdcore.caching import Cache, log_error
 from kdcore.caching.teacher import _grow, _Place
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import RunError
+from kdcore.shipping import _teachers, load_student
 
 Tree = dict[str, Any]
 
@@ -162,6 +164,14 @@ def test_hidden_states_with_the_output_layer_are_the_same_run(tokens: Tree, tmp_
         _ = Cache(tmp_path / "cache").head
     kdcore.cache(tokens, out=tmp_path / "cache")
     assert head.read_bytes() == whole
+
+
+def test_a_finished_run_needs_its_cache_no_more(tiny: Tree, tmp_path: Path) -> None:
+    """``kd bench`` and probes look for teachers that can be asked; a cached one is none."""
+    kdcore.cache(tiny, out=tmp_path / "cache")
+    kdcore.run(cached(tiny, tmp_path / "cache"), out=tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache")
+    assert _teachers(load_student(tmp_path / "run")[1]) == {}
 
 
 def test_a_tapped_module_may_have_any_name() -> None:
