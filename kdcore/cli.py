@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -355,7 +356,21 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point: errors in words and their exit codes."""
     debug = "--debug" in (arguments or sys.argv)
     args = [a for a in (arguments if arguments is not None else sys.argv[1:]) if a != "--debug"]
-    raise SystemExit(_guarded(lambda: kd.main(args, prog_name="kd", standalone_mode=False), debug))
+    code = _guarded(lambda: kd.main(args, prog_name="kd", standalone_mode=False), debug)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave(code)
+    raise SystemExit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End one of several processes at once, its output written.
+
+    Tearing the interpreter down takes the process group's threads with it, and at times one of them then aborts
+    the process ("terminate called without an active exception"): all of a finished run would look lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _guarded(call: Callable[[], Any], debug: bool) -> int:

@@ -11,6 +11,7 @@ from conftest import stop_at
 
 import kdcore
 from kdcore import parallel
+from kdcore.cli import leave
 from kdcore.distill import Distiller
 from kdcore.errors import KDError
 
@@ -30,3 +31,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
