@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,7 +172,6 @@ def group() -> Iterator[None]:
             dist.barrier()
     finally:
         dist.destroy_process_group()
-        gc.collect()  # what still holds the group should let go of it before the interpreter ends
 
 
 @contextmanager
