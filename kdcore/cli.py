@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from kdcore import display
 from kdcore.errors import InputError, KDError, nearest
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -59,7 +60,7 @@ def run(recipe: str, overrides: tuple[str, ...], check: bool, **options: Any) ->
         click.echo(f"{recipe}: a valid recipe")
         return
     result = api.run(recipe, overrides=overrides, **options)
-    _show(result.folder / "report.md")
+    display.report(result.folder / "report.md")
     click.echo(f"run folder: {result.folder}")
 
 
@@ -74,7 +75,7 @@ def resume(folder: Path, quiet: bool) -> None:
     if not lock.exists():
         raise InputError(str(folder), "no run folder: it has no recipe.lock.toml")
     result = api.run(lock, out=folder, resume=True, quiet=quiet)
-    _show(result.folder / "report.md")
+    display.report(result.folder / "report.md")
 
 
 @kd.command()
@@ -105,7 +106,7 @@ def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **op
     from kdcore import api
 
     report = api.compare(recipe, arms=list(arms), overrides=list(overrides), **options)
-    _show(report.folder / "report.md")
+    display.report(report.folder / "report.md")
     click.echo(f"comparison: {report.folder}")
 
 
@@ -206,10 +207,10 @@ def list_(everything: bool, kind: str | None, as_json: bool) -> None:
         keys = ("kind", "name", "summary", "from")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in [*rows, *planned]], indent=2))
         return
-    _table(rows)
+    display.table(rows)
     if planned:
         click.echo("\ncatalogued, not installed:")
-        _table(planned)
+        display.table(planned)
     for fault in registry.quarantine:
         click.echo(f"in quarantine: {fault.entry.name} ({fault.phase}): {fault.error}", err=True)
 
@@ -236,7 +237,7 @@ def show(name: str, kind: str | None) -> None:
     if not found and not installed:
         click.echo(f"{slug} is not installed: {catalog.how_to_get(catalog.methods()[slug])}\n")
     for each in found:
-        _describe(*each)
+        display.component(*each)
     for fault in [fault for fault in registry.quarantine if fault.entry.name == slug]:
         click.echo(f"in quarantine ({fault.phase}): {fault.error}\n")
     parts = [
@@ -244,9 +245,9 @@ def show(name: str, kind: str | None) -> None:
         for k, e, c in registry.components()
         if c.name.startswith(f"{slug}.")
     ]
-    _table([row for row in parts if row[1] != name])
+    display.table([row for row in parts if row[1] != name])
     if entry := catalog.method(slug):
-        click.echo(_paper(entry))
+        click.echo(display.paper(entry))
     if (found or parts) and (names := [p.stem for p in recipe.recipes_of(slug)]):
         click.echo(f"recipes: {', '.join(f'{slug}:{n}' for n in names)}")
 
@@ -260,7 +261,7 @@ def search(words: tuple[str, ...]) -> None:
     rows = [
         (",".join(m["kinds"]), m["slug"], m["summary"], m["status"]) for m in catalog.search(" ".join(words))
     ]
-    _table(rows)
+    display.table(rows)
     if not rows:
         click.echo("nothing found")
 
@@ -282,7 +283,7 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
         keys = ("name", "distribution", "version", "state")
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     else:
-        _table(rows)
+        display.table(rows)
 
 
 @kd.group(cls=_Group)
@@ -365,8 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
 def leave(code: int) -> NoReturn:
     """End one of several processes at once, its output written.
 
-    Tearing the interpreter down takes the process group's threads with it, and at times one of them then aborts
-    the process ("terminate called without an active exception"): all of a finished run would look lost.
+    While the interpreter is torn down, a thread of the process group at times aborts a run that is finished.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -398,63 +398,3 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         click.echo(f"error: {error.filename or 'the output'}: {error.strerror or error}", err=True)
         return 1
     return 0
-
-
-def _show(path: Path) -> None:
-    """A markdown report in the terminal."""
-    if not path.exists():  # another rank writes it
-        return
-    text = path.read_text("utf-8")
-    if not sys.stdout.isatty():
-        click.echo(text)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(text))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    for row in rows:
-        click.echo("  ".join([*(v.ljust(w) for v, w in zip(row, widths, strict=False)), row[-1]]).rstrip())
-
-
-def _describe(kind: str, entry: Any, component: Any) -> None:
-    from kdcore.building import schema as schema_of
-
-    target, found = schema_of(kind, f"{entry.distribution}:{component.name}")
-    click.echo(f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {component.summary}\n")
-    click.echo("".join(f"  {line}\n" for line in found.doc.splitlines()))
-    for field in found.model.model_fields.values():
-        click.echo(f"  {field.alias}: {_field(field)}")
-    reads = getattr(target, "reads", None) or list(found.tensors)
-    click.echo(f"  reads: {', '.join(reads) or 'nothing'}\n")
-
-
-def _field(field: Any) -> str:
-    """A parameter as a reader of recipes needs it: its type, its bounds, its default."""
-    import inspect
-
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [
-        f"{sign} {getattr(each, key)}"
-        for each in field.metadata
-        for key, sign in signs.items()
-        if hasattr(each, key)
-    ]
-    kind = " ".join([inspect.formatannotation(field.annotation), " and ".join(bounds)]).strip()
-    return f"{kind}, required" if field.is_required() else f"{kind} = {field.get_default()!r}"
-
-
-def _paper(entry: dict[str, Any]) -> str:
-    paper, code = entry.get("paper", {}), entry.get("code", {})
-    rows = [entry["title"], entry["summary"]]
-    if paper:
-        rows.append(" ".join(str(paper[k]) for k in ("authors", "venue", "year", "url") if paper.get(k)))
-    if code:
-        rows.append(f"authors' code: {code['repository']} ({code.get('licence') or 'licence unknown'})")
-    rows.append(f"fidelity: {entry['fidelity']}; status: {entry['status']}")
-    if entry.get("result"):
-        rows.append(f"its claim on real data: {entry['result']}")
-    return "\n".join(rows + [f"deviation: {text}" for text in entry.get("deviations", [])])
