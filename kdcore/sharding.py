@@ -132,10 +132,12 @@ def asked_only(model: Any) -> Iterator[None]:
     if sharded:
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(False)
-    yield
-    if sharded:
-        model.set_requires_gradient_sync(True)
-        model.set_reshard_after_backward(True)
+    try:
+        yield
+    finally:
+        if sharded:
+            model.set_requires_gradient_sync(True)
+            model.set_reshard_after_backward(True)
 
 
 def rest(models: Iterable[nn.Module]) -> None:
