@@ -24,6 +24,7 @@ LIGHT = (
     "validation",
     "recipe",
     "stock",
+    "display",
     "cli",
 )
 MMENGINE = {"engine.py", "engine_hooks.py", "checkpoint.py"}

@@ -62,10 +62,9 @@ def test_bf16_stays_near_fp32(sgd: dict[str, Any], tmp_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in weights(half).values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do fp16")
 def test_fp16_on_a_cpu_is_refused_in_words(sgd: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="fp16 training needs a GPU"):
-        kdcore.run(sgd, overrides=["train.precision=fp16"], out=tmp_path / "run")
+        kdcore.run(sgd, overrides=["train.precision=fp16", "train.device=cpu"], out=tmp_path / "run")
 
 
 def test_compile_changes_no_result(sgd: dict[str, Any], tmp_path: Path) -> None:
