@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _ABSENT = object()
@@ -53,6 +54,20 @@ class InputError(KDError):
         rows = {"in": self.source, "given": self.given, "allowed": self.allowed, "hint": self.hint}
         shown = [f"  {label:<8}{_fit(text, 1000)}" for label, text in rows.items() if text]
         return "\n".join([f"{place}: {problem}" if place else problem, *shown])
+
+
+@contextmanager
+def blame(place: str, problem: str, **said: Any) -> Iterator[None]:
+    """What somebody else's code raises in this block as an InputError at ``place``, with ``problem`` before its words.
+
+    Our own errors pass as they are. ``said``: what InputError takes besides.
+    """
+    try:
+        yield
+    except KDError:
+        raise
+    except Exception as error:  # a model, a loss, a data set may raise anything
+        raise InputError(place, f"{problem}: {cause(error)}", **said) from error
 
 
 class RunError(KDError):

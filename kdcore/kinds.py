@@ -7,7 +7,8 @@ component may have any event of ``kdcore.hookspecs.RunEvents``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,17 @@ def frozen(module: nn.Module) -> nn.Module:
     return module
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode in this block, then the mode that was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Kind(nn.Module):
     """What all components have. ``reads``: names of outputs, ``student.NAME`` or ``teacher.NAME``."""
 
@@ -51,16 +63,8 @@ class Kind(nn.Module):
         return self.reads
 
 
-class Teacher(Kind):
-    """``forward(batch) -> Outputs``, called under ``no_grad`` in eval mode.
-
-    ``model`` is the module that taps' paths start from. ``saved``: its weights are part of the run's state
-    (it changes, or is made in the run); others are built again from the recipe.
-    """
-
-    saved: ClassVar[bool] = False
-    live: ClassVar[bool] = True
-    """Can be asked about any batch, so it is judged beside the student; one from a cache cannot."""
+class Model(Kind):
+    """What teachers and students have in common. ``model`` is the module that taps' paths start from."""
 
     @property
     def model(self) -> nn.Module:
@@ -69,12 +73,30 @@ class Teacher(Kind):
     def forward(self, batch: Batch) -> Outputs:
         raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Outputs")
 
+    def infer(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The inference rule: what metrics judge, and what a student's exported graph returns. Nothing without logits."""
+        if outputs.logits is not None:
+            return {"logits": outputs.logits}
+        return {} if outputs.unembed is None else {"logits": outputs.unembed.logits()}
+
+
+class Teacher(Model):
+    """``forward(batch) -> Outputs``, called under ``no_grad`` in eval mode.
+
+    ``saved``: its weights are part of the run's state (it changes, or is made in the run); others are built again
+    from the recipe.
+    """
+
+    saved: ClassVar[bool] = False
+    live: ClassVar[bool] = True
+    """Can be asked about any batch, so it is judged beside the student; one from a cache cannot."""
+
     def trainee(self) -> Student | None:
         """This teacher as a student of its task, for ``train = {...}``; None where it cannot be trained."""
         return None
 
 
-class Student(Kind):
+class Student(Model):
     """The model that is trained and shipped.
 
     ``training_only``: beginnings of parameter names (auxiliary heads, projectors) that must not be in an
@@ -83,26 +105,15 @@ class Student(Kind):
 
     training_only: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def model(self) -> nn.Module:
-        return self
-
-    def forward(self, batch: Batch) -> Outputs:
-        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Outputs")
-
     def task_loss(self, outputs: Outputs, batch: Batch) -> Terms | None:
         """[B], [B,L] or named terms; None leaves it to the recipe's task."""
         return None
 
     def infer(self, outputs: Outputs) -> dict[str, Tensor]:
-        """The inference rule: what metrics judge and what the exported graph returns."""
-        if outputs.logits is None and outputs.unembed is not None:
-            return {"logits": outputs.unembed.logits()}
-        if outputs.logits is None:
-            raise InputError(
-                "student", f"{type(self).__name__} gives no logits, so it needs infer() of its own"
-            )
-        return {"logits": outputs.logits}
+        if not (found := super().infer(outputs)):
+            problem = f"{type(self).__name__} gives no logits, so it needs infer() of its own"
+            raise InputError("student", problem)
+        return found
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the exported graph takes, by name."""
