@@ -34,6 +34,7 @@ class Parameters(Table):
     """What the models of signatures have in common."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
+    noun = "parameter"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,9 @@ class Schema:
         config = {"title": self.name, "extra": "allow" if self.open else "forbid"}
         try:
             with warnings.catch_warnings(action="ignore"):  # what an annotation means is its author's affair
-                model = create_model("Parameters", __base__=Parameters, __cls_kwargs__=config, **fields)
+                return create_model("Parameters", __base__=Parameters, __cls_kwargs__=config, **fields)
         except Exception as error:  # pydantic has many ways to say that it cannot use an annotation
             raise InputError("", f"{self.name}: its signature makes no schema: {cause(error)}") from error
-        model.noun = f"parameter of {self.name}"
-        return model
 
     def nested(self, name: str) -> str | None:
         """The kind in lower case, when ``name`` is typed as one or an array of one: it takes ``use``."""

@@ -17,7 +17,7 @@ class Table(BaseModel):
     """A table whose keys are all known, unless a derived one allows extra keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    noun: ClassVar[str] = "key of the recipe"  # what an unknown one is called
+    noun: ClassVar[str] = "key"  # what an unknown one is called
 
 
 class Use(Table):

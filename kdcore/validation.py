@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -15,22 +16,12 @@ from kdcore.errors import InputError, nearest
 from kdcore.tables import Table
 
 M = TypeVar("M", bound=Table)
-# pydantic's type of error -> what is wrong, and what is allowed, in the names that TOML has
-_WORDS = {
-    "bool_type": ("wrong type", "true or false"),
-    "dict_type": ("wrong type", "a table"),
-    "model_type": ("wrong type", "a table"),
-    "float_type": ("wrong type", "a number"),
-    "int_type": ("wrong type", "an integer"),
-    "list_type": ("wrong type", "an array"),
-    "tuple_type": ("wrong type", "an array"),
-    "string_type": ("wrong type", "a string"),
-    "finite_number": ("not finite", "a finite number"),
-    "greater_than": ("out of range", "> {gt}"),
-    "greater_than_equal": ("out of range", ">= {ge}"),
-    "less_than": ("out of range", "< {lt}"),
-    "less_than_equal": ("out of range", "<= {le}"),
-    "literal_error": ("not one of the choices", "{expected}"),
+# how pydantic's type of error begins -> what is wrong; what is allowed stands behind "Input should be"
+_PROBLEMS = {
+    "finite": "not finite",
+    "greater": "out of range",
+    "less": "out of range",
+    "literal": "not one of the choices",
 }
 
 
@@ -55,8 +46,12 @@ def check_model(model: type[M], given: Mapping[str, Any], place: str) -> M:
 
 def _in_words(error: ValidationError, model: type[Table], given: Mapping[str, Any]) -> InputError:
     """The complaint that helps most. Of a union's members all complain: the one that came furthest was meant."""
+
+    def helps(each: InputError) -> tuple[bool, int, bool]:
+        return each.problem.startswith("unknown"), each.place.count("."), each.problem != "wrong type"
+
     found = [_translated(row, model, given) for row in error.errors(include_url=False)]
-    first = max(found, key=_weight)
+    first = max(found, key=helps)
     alike = [each.allowed for each in found if (each.place, each.problem) == (first.place, first.problem)]
     first.allowed = " or ".join(dict.fromkeys(filter(None, alike)))
     if more := len({each.place for each in found}) - 1:
@@ -64,37 +59,34 @@ def _in_words(error: ValidationError, model: type[Table], given: Mapping[str, An
     return first
 
 
-def _weight(error: InputError) -> tuple[bool, int, bool]:
-    return error.problem.startswith("unknown"), error.place.count("."), error.problem != "wrong type"
-
-
 def _translated(row: Any, model: type[Table], given: Any) -> InputError:
     """One of pydantic's errors as ours."""
-    steps, kind = _steps(row["loc"], given), row["type"].replace("_parsing", "_type")
-    place, value, context = ".".join(steps), row["input"], row.get("ctx", {})
-    if kind == "missing":
-        name, title = str(row["loc"][-1]), model.model_config.get("title")
-        return InputError(name, f"{title} needs {name!r}", hint=f"add {name} = ...").under(place)
-    if kind == "extra_forbidden":
+    steps, value = _steps(row["loc"], given), row["input"]
+    place, title = ".".join(steps), model.model_config.get("title")
+    if row["type"] == "missing":
+        name = row["loc"][-1]
+        return InputError(f"{name}", f"{title} needs {name!r}", hint=f"add {name} = ...").under(place)
+    if row["type"] == "extra_forbidden":
         names = _names_at(model, steps[:-1])
-        hint = nearest(steps[-1], names)
-        return InputError(place, f"unknown {model.noun}", given=value, allowed=names or "none", hint=hint)
-    message = str(row["msg"]).removeprefix("Value error, ")
-    problem, allowed = _WORDS.get(kind, (message[:1].lower() + message[1:], ""))
-    numbers = {name: f"{each:g}" if isinstance(each, float) else each for name, each in context.items()}
-    hint = nearest(value, re.findall("'(.*?)'", str(context.get("expected", ""))))
-    return InputError(place, problem, given=value, allowed=allowed.format(**numbers), hint=hint)
+        problem, hint = f"unknown {model.noun} of {title}", nearest(steps[-1], names)
+        return InputError(place, problem, given=value, allowed=names or "none", hint=hint)
+    message = str(row["msg"]).removeprefix("Value error, ").partition(", unable")[0]
+    message = message.replace("an object", "a table")  # as TOML calls it
+    _, should, allowed = message.rpartition("Input should be ")
+    if not should:
+        return InputError(place, message[:1].lower() + message[1:], given=value)
+    problem = _PROBLEMS.get(row["type"].partition("_")[0], "wrong type")
+    choices = re.findall("'(.*?)'", allowed)
+    return InputError(place, problem, given=value, allowed=choices or allowed)
 
 
 def _steps(location: Iterable[int | str], given: Any) -> list[str]:
     """The steps of pydantic's location that are in the input: without its names for a union's members."""
     found = []
     for step in location:
-        try:
+        with suppress(LookupError, TypeError):
             given = given[step]
-        except (LookupError, TypeError):
-            continue
-        found.append(str(step))
+            found.append(str(step))
     return found
 
 

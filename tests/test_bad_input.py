@@ -40,8 +40,8 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "unknown table": (lambda r: r.update(trian={}), ["trian", "did you mean 'train'?"]),
     "wrong type": (lambda r: r["train"].update(epochs="three"), ["train.epochs", "'three'", "integer"]),
     "a bool is no number": (lambda r: r["train"].update(clip=True), ["train.clip"]),
-    "out of range": (lambda r: r["train"].update(epochs=0), ["train.epochs", "0", "> 0"]),
-    "loss range": (lambda r: r["loss"][0].update(temperature=-1.0), ["loss.0.temperature", "-1.0", "> 0"]),
+    "out of range": (lambda r: r["train"].update(epochs=0), ["train.epochs", "0", "greater than 0"]),
+    "loss range": (lambda r: r["loss"][0].update(temperature=-1.0), ["loss.0.temperature", "-1.0", "greater than 0"]),
     "loss key": (
         lambda r: r["loss"][0].update(temprature=2.0),
         ["loss.0.temprature", "did you mean 'temperature'?"],

@@ -148,15 +148,15 @@ def test_what_toml_cannot_write_is_taken_as_json_has_it(given: dict[str, Any], m
 @pytest.mark.parametrize(
     ("given", "place", "allowed"),
     [
-        ({"a": "1"}, "loss.0.a", "a number"),
-        ({"a": True}, "loss.0.a", "a number"),
+        ({"a": "1"}, "loss.0.a", "a valid number"),
+        ({"a": True}, "loss.0.a", "a valid number"),
         ({"a": float("nan")}, "loss.0.a", "a finite number"),
-        ({"b": [1, "x"]}, "loss.0.b.1", "an integer"),
-        ({"b": [1.5]}, "loss.0.b.0", "an integer"),
-        ({"b": 3}, "loss.0.b", "an array"),
-        ({"d": {"x": ["y"]}}, "loss.0.d.x.0", "a number"),
+        ({"b": [1, "x"]}, "loss.0.b.1", "a valid integer"),
+        ({"b": [1.5]}, "loss.0.b.0", "a valid integer"),
+        ({"b": 3}, "loss.0.b", "a valid array"),
+        ({"d": {"x": ["y"]}}, "loss.0.d.x.0", "a valid number"),
         ({"e": {"hight": 3}}, "loss.0.e.height", None),
-        ({"f": {"rate": "x"}}, "loss.0.f.rate", "a number"),
+        ({"f": {"rate": "x"}}, "loss.0.f.rate", "a valid number"),
         ({"h": [1]}, "loss.0.h.1", None),
     ],
 )
@@ -173,9 +173,9 @@ def test_ranges_say_their_bound() -> None:
         *, a: Annotated[int, Field(ge=1, le=4)] = 1, b: Annotated[float, Field(lt=1)] = 0.0
     ) -> None: ...
 
-    assert (refused(ranged, a=0).problem, refused(ranged, a=0).allowed) == ("out of range", ">= 1")
-    assert refused(ranged, a=5).allowed == "<= 4"
-    assert refused(ranged, b=1).allowed == "< 1"
+    assert (refused(ranged, a=0).problem, refused(ranged, a=0).allowed) == ("out of range", "greater than or equal to 1")
+    assert refused(ranged, a=5).allowed == "less than or equal to 4"
+    assert refused(ranged, b=1).allowed == "less than 1"
 
 
 @pytest.mark.parametrize(
