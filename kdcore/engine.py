@@ -18,10 +18,10 @@ from torch import nn
 
 from kdcore import memory, parallel, sharding
 from kdcore.building import trainable
-from kdcore.data import Order, StepSampler
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
 from kdcore.errors import InputError
 from kdcore.optimizers import own_optimizers
+from kdcore.order import Order, StepSampler
 from kdcore.tables import TrainTable
 
 __all__ = ["Fit", "fit", "make_runner"]
@@ -61,7 +61,6 @@ def make_runner(job: Fit) -> _KDRunner:
     run.total_steps = train.steps or (train.epochs or 1) * run.steps_per_epoch
     _check_shares(run.order, train)
     sampler = StepSampler(run.order, parallel.rank(), parallel.world())
-    sampler.end = min(run.steps_per_epoch, run.total_steps)
     keeper = StateHook(job)
     runner = _KDRunner(
         model=job.distiller,
@@ -147,8 +146,7 @@ class _StepLoop(EpochBasedTrainLoop):
         run = self.job.run
         first = self._epoch * run.steps_per_epoch
         run.order.begin_epoch(self._epoch)
-        self.sampler.start = self._iter
-        self.sampler.end = min(first + run.steps_per_epoch, run.total_steps)
+        self.sampler.steps = range(self._iter, min(first + run.steps_per_epoch, run.total_steps))
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
         if self._iter == first:

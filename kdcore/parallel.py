@@ -34,6 +34,11 @@ def total(value: float | Tensor, device: torch.device | str = "cpu") -> float:
     return float(tensor)
 
 
+def agree(value: int) -> bool:
+    """Whether all ranks hold the same 63-bit number."""
+    return len(set(gather(torch.tensor([value])).tolist())) == 1
+
+
 def average_gradients(params: Iterable[nn.Parameter], *, mean: bool = True) -> None:
     """Sum (or average) ``.grad`` over ranks, in place, in one message a dtype; sharded ones are summed already.
 

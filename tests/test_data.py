@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdcore.data import Order, Source, StepSampler, collate, key_seed, shard
+from kdcore.data import Key, Source, collate
 from kdcore.datasets import digits
 from kdcore.errors import InputError
+from kdcore.order import Order, StepSampler, key_seed, shard
 from kdcore.tables import DataTable
 from kdcore.types import Batch, Data
 
@@ -84,7 +85,7 @@ def test_ranks_together_hold_the_global_batch(world: int) -> None:
     order = Order({"main": 11}, {"main": 4}, "main", seed=0)
     samplers = [StepSampler(order, rank, world) for rank in range(world)]
     for sampler in samplers:
-        sampler.start, sampler.end = 0, 3
+        sampler.steps = range(3)
     for step, parts in enumerate(zip(*samplers, strict=True)):
         assert [k for part in parts for k in part] == order.keys(step)
 
@@ -100,8 +101,6 @@ def test_noise_of_a_sample_depends_on_epoch_and_id_alone() -> None:
     keyed = made.train_loader(StepSampler(made.order())).dataset
 
     def noise(cycle: int, indices: list[int]) -> dict[int, float]:
-        from kdcore.data import Key
-
         batch = keyed.__getitems__([Key("main", cycle, i) for i in indices])
         return dict(zip(batch["id"].tolist(), batch["noise"].tolist(), strict=True))
 
@@ -113,7 +112,7 @@ def test_noise_of_a_sample_depends_on_epoch_and_id_alone() -> None:
 def test_streams_are_parts_of_a_batch() -> None:
     made = source("two_streams", batch_size={"labelled": 2, "unlabelled": 3}, epoch="unlabelled")
     sampler = StepSampler(made.order())
-    sampler.end = 4
+    sampler.steps = range(4)
     for batch in made.train_loader(sampler):
         assert batch.streams == ("labelled", "unlabelled")
         assert len(batch.part("labelled")) == 2

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 
 import kdcore
 from kdcore import InputError, building
-from kdcore.data import Order
+from kdcore.order import Order
 
 CODE = """
 import json
@@ -135,6 +138,38 @@ def test_a_block_that_holds_no_indices_is_refused(block: Any) -> None:
     order.follow(lambda size, epoch: block, None)
     with pytest.raises(InputError, match="draws no indices"):
         order.begin_epoch(0)
+
+
+APART = CODE.replace("self.run.rng(", "self.run.rng(shared=False, key=")
+
+
+@pytest.mark.parametrize(("code", "said"), [(CODE, ""), (APART, "draws other samples in each process")])
+def test_two_processes_draw_the_same_or_are_told(
+    code: str, said: str, tiny: dict[str, Any], tmp_path: Path, torchrun_line: Callable[..., list[str]]
+) -> None:
+    """What each draws for itself would make batches that no single process has."""
+    (tmp_path / "drawn.py").write_text(code, "utf-8")
+    (tmp_path / "plugin_drawn.py").write_text(PLUGIN.replace("MODULE", "drawn"), "utf-8")
+    installed = tmp_path / "kd_plugin_last-0.1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kd-plugin-last\nVersion: 0.1\n", "utf-8"
+    )
+    (installed / "entry_points.txt").write_text("[kdcore]\nlast = plugin_drawn\n", "utf-8")
+    tiny["augmentation"] = [{"use": "last", "file": str(tmp_path / "notes"), "count": 100}]
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny), "utf-8")
+    command = ["-m", "kdcore", "run", "recipe.toml", "--out", "run", "--quiet"]
+    done = subprocess.run(
+        torchrun_line(2, *command),
+        cwd=tmp_path,  # with -m it is on the path, so the plugin is installed there
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode == 0) == (not said), done.stderr
+    assert said in done.stderr
 
 
 def test_two_that_draw_are_refused(recipe: Callable[..., Any], tmp_path: Path) -> None:
