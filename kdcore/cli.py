@@ -60,7 +60,7 @@ def run(recipe: str, overrides: tuple[str, ...], check: bool, **options: Any) ->
         click.echo(f"{recipe}: a valid recipe")
         return
     result = api.run(recipe, overrides=overrides, **options)
-    display.report(result.folder / "report.md")
+    display.report(result.folder)
     click.echo(f"run folder: {result.folder}")
 
 
@@ -75,7 +75,7 @@ def resume(folder: Path, quiet: bool) -> None:
     if not lock.exists():
         raise InputError(str(folder), "no run folder: it has no recipe.lock.toml")
     result = api.run(lock, out=folder, resume=True, quiet=quiet)
-    display.report(result.folder / "report.md")
+    display.report(result.folder)
 
 
 @kd.command()
@@ -106,7 +106,7 @@ def compare(recipe: str, overrides: tuple[str, ...], arms: tuple[str, ...], **op
     from kdcore import api
 
     report = api.compare(recipe, arms=list(arms), overrides=list(overrides), **options)
-    display.report(report.folder / "report.md")
+    display.report(report.folder)
     click.echo(f"comparison: {report.folder}")
 
 

@@ -4,83 +4,89 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from kdcore.checkpoint import replacing
 from kdcore.tables import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = Sequence[Any]
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.3em .7em;text-align:left}"
-    "th{background:#f4f4f4}td.n{text-align:right;font-variant-numeric:tabular-nums}"
-    "img{max-width:100%}.warn{background:#fff3cd;padding:.5em 1em;border-left:4px solid #e0a800}"
+    "th{background:#f4f4f4}td{font-variant-numeric:tabular-nums}img{max-width:100%}"
+    "blockquote{background:#fff3cd;margin:1em 0;padding:.1em 1em;border-left:4px solid #e0a800}"
 )
+NAMES = {"baseline": "student alone", "student": "student, distilled"}  # the other models are teachers
 
 
 class Page:
-    """A page that is written once and rendered as markdown and as HTML."""
+    """A page of markdown in ``folder``, and the same as HTML with its pictures inside."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._markdown, self._html = [f"# {title}\n"], [f"<h1>{html.escape(title)}</h1>"]
+    def __init__(self, title: str, folder: Path) -> None:
+        self.title, self.folder = title, folder
+        self._parts = [f"# {title}"]
+        self._pictures: list[Path] = []
 
     def heading(self, text: str) -> None:
-        self._markdown.append(f"\n## {text}\n")
-        self._html.append(f"<h2>{html.escape(text)}</h2>")
+        self._parts.append(f"## {text}")
 
-    def text(self, text: str, warn: bool = False) -> None:
-        self._markdown.append(f"{'> **Warning:** ' if warn else ''}{text}\n")
-        self._html.append(f"<p{' class=warn' if warn else ''}>{html.escape(text)}</p>")
+    def text(self, text: str) -> None:
+        self._parts.append(text)
+
+    def warning(self, text: str) -> None:
+        self._parts.append(f"> **Warning:** {text}")
 
     def items(self, rows: Iterable[tuple[str, str]]) -> None:
         """A list of (term, what is said of it)."""
-        pairs = list(rows)
-        self._markdown.append("".join(f"- **{term}**: {text}\n" for term, text in pairs))
-        self._html.append(
-            "<ul>"
-            + "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(x)}</li>" for t, x in pairs)
-            + "</ul>"
-        )
+        self._parts.append("\n".join(f"- **{term}**: {text}" for term, text in rows))
 
     def table(self, head: Row, rows: Iterable[Row]) -> None:
-        shown = [[cell(value) for value in row] for row in rows]
-        self._markdown.append("| " + " | ".join(map(str, head)) + " |")
-        self._markdown.append("|" + " --- |" * len(head))
-        self._markdown += ["| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in shown] + [
-            ""
-        ]
-        body = "".join(f"<tr>{''.join(map(_td, row))}</tr>" for row in shown)
-        self._html.append(
-            f"<table><tr>{''.join(f'<th>{html.escape(str(h))}</th>' for h in head)}</tr>{body}</table>"
-        )
+        """Columns of numbers are aligned at the right."""
+        shown = [[cell(value).replace("|", "\\|") for value in row] for row in rows]
+        numbers = [all(text[:1] in "+-0123456789" for text in column) for column in zip(*shown, strict=True)]
+        rule = ["---:" if right else "---" for right in numbers or [False] * len(head)]
+        self._parts.append("\n".join(f"| {' | '.join(row)} |" for row in ([*map(str, head)], rule, *shown)))
 
-    def image(self, name: str, png: bytes) -> None:
-        self._markdown.append(f"![{name}]({name})\n")
-        data = base64.b64encode(png).decode()
-        self._html.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    def image(self, path: Path) -> None:
+        """A PNG file of the folder."""
+        self._pictures.append(path)
+        self._parts.append(f"![{path.name}]({self._address(path)})")
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Draw a PNG into the folder, and show it."""
+        with replacing(self.folder / name) as draft:
+            figure.savefig(draft, format="png", dpi=110)
+        self.image(self.folder / name)
 
     @property
     def markdown(self) -> str:
-        return "\n".join(self._markdown) + "\n"
+        return "\n\n".join(self._parts) + "\n"
 
-    def save(self, folder: Path, stem: str = "report") -> None:
+    def save(self) -> None:
+        """Write report.md and report.html."""
+        from markdown_it import MarkdownIt
+
+        body = MarkdownIt("js-default").render(self.markdown)  # shows tags of HTML as text
+        for path in self._pictures:
+            data = base64.b64encode(path.read_bytes()).decode()
+            body = body.replace(f'src="{self._address(path)}"', f'src="data:image/png;base64,{data}"')
         page = (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f"<style>{STYLE}</style><body>{''.join(self._html)}</body></html>\n"
+            f"<style>{STYLE}</style><body>{body}</body></html>\n"
         )
-        for suffix, text in (("md", self.markdown), ("html", page)):
-            with replacing(folder / f"{stem}.{suffix}") as draft:
+        for name, text in (("report.md", self.markdown), ("report.html", page)):
+            with replacing(self.folder / name) as draft:
                 draft.write_text(text, "utf-8")
 
-
-def _td(text: str) -> str:
-    """A table's cell; numbers are aligned at the right."""
-    return f"<td{' class=n' if text[:1] in '+-0123456789' and text else ''}>{html.escape(text)}</td>"
+    def _address(self, path: Path) -> str:
+        return quote(path.relative_to(self.folder).as_posix())
 
 
 def cell(value: Any) -> str:
@@ -94,128 +100,106 @@ def cell(value: Any) -> str:
     return ", ".join(map(cell, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> Page:
+def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> None:
     """The report of one run."""
-    page = Page(f"Distillation report: {recipe.name}")
+    page = Page(f"Distillation report: {recipe.name}", folder)
     if recipe.description:
         page.text(recipe.description)
-    test = results.get("test", {})
-    if test:
-        _models(page, results, test)
+    if results.get("test"):
+        _models(page, results)
     if "student" in results:
-        _curves(page, folder)
-        _pictures(page, folder)
+        _curves(page)
+        pictures(page)
         _guards(page, results["student"].get("guards", {}))
-        if results.get("conventions"):
-            conventions(page, results["conventions"])
+        conventions(page, results.get("conventions", ()))
     for name, value in results.get("probes", {}).items():
         page.heading(f"Probe: {name}")
-        page.table(("what", "value"), value.items() if isinstance(value, Mapping) else [(name, value)])
+        page.table(("what", "value"), value.items())
     if "export" in results:
         page.heading("Export")
         page.table(("what", "value"), results["export"].items())
     page.heading("Made with")
     page.table(("what", "version"), [("seed", results.get("seed")), *results.get("versions", {}).items()])
-    page.save(folder)
-    return page
+    page.save()
 
 
-def _models(page: Page, results: Mapping[str, Any], test: Mapping[str, Mapping[str, float]]) -> None:
+def _models(page: Page, results: Mapping[str, Any]) -> None:
     page.heading("Test split, read once at the end")
-    metrics = list(dict.fromkeys(name for values in test.values() for name in values))
-    labels = {"student": "student, distilled", "baseline": "student alone"}
-    order = [*(n for n in test if n not in labels), *(n for n in ("baseline", "student") if n in test)]
+    test: Mapping[str, Mapping[str, float]] = results["test"]
+    metrics = list(dict.fromkeys(metric for values in test.values() for metric in values))
+    fits = {**results, **results.get("teachers", {})}
     rows = []
-    for name in order:
-        fit = results.get(name) or results.get("teachers", {}).get(name, {})
-        values = [test[name].get(metric, "") for metric in metrics]
-        rows.append(
-            [
-                labels.get(name, f"teacher {name}"),
-                *values,
-                results["parameters"].get(name, ""),
-                fit.get("seconds", ""),
-            ]
-        )
+    for name in [*(n for n in test if n not in NAMES), *(n for n in NAMES if n in test)]:
+        judged = [test[name].get(metric, "") for metric in metrics]
+        costs = (results["parameters"].get(name, ""), fits.get(name, {}).get("seconds", ""))
+        rows.append((NAMES.get(name, f"teacher {name}"), *judged, *costs))
     page.table(("model", *(m.replace("_", " ") for m in metrics), "parameters", "training seconds"), rows)
     if "baseline" not in test:
         page.text("The student alone was not trained: set report.baseline = true, or run kd compare.")
 
 
-def _curves(page: Page, folder: Path) -> None:
-    files = sorted(folder.glob("stages/*/*/metrics.jsonl"))
-    series = {f.parent.name: read_metrics(f) for f in files}
-    if not series:
-        return
-    page.heading("Curves")
-    png = curves({k: v for k, v in series.items() if not k.startswith("teacher")} or series)
-    with replacing(folder / "curves.png") as draft:
-        draft.write_bytes(png)
-    page.image("curves.png", png)
+def _curves(page: Page) -> None:
+    files = sorted(page.folder.glob("stages/*/*/metrics.jsonl"))
+    series = {file.parent.name: read_metrics(file) for file in files}
+    if series:
+        page.heading("Curves")
+        students = {name: rows for name, rows in series.items() if not name.startswith("teacher")}
+        page.figure("curves.png", curves(students or series))
 
 
-def _pictures(page: Page, folder: Path) -> None:
+def pictures(page: Page) -> None:
     """What components drew: the PNG files of the folders ``pictures`` of the stages."""
-    files = sorted(folder.glob("stages/**/pictures/*.png"))
+    files = sorted(page.folder.glob("stages/**/pictures/*.png"))
     if files:
         page.heading("Pictures")
     for file in files:
-        page.image(file.relative_to(folder).as_posix(), file.read_bytes())
+        page.image(file)
 
 
 def _guards(page: Page, guards: Mapping[str, Any]) -> None:
     if not guards.get("terms"):
         return
     page.heading("Guards: every loss term, when it first acted")
-    page.table(
-        ("term", "step", "weight", "value", "gradient norm at the outputs", "share"),
-        [
-            (r["term"], r["step"], r["weight"], r["value"], r["gradient_norm"], r["share"])
-            for r in guards["terms"]
-        ],
-    )
-    for warning in guards["warnings"]:
-        page.text(warning, warn=True)
-    page.text(
-        "Frozen teachers: in eval mode and unchanged from the first step to the last (version counters)."
-    )
+    keys = ("term", "step", "weight", "value", "gradient_norm", "share")
+    head = [key.replace("gradient_norm", "gradient norm at the outputs") for key in keys]
+    page.table(head, ([row[key] for key in keys] for row in guards["terms"]))
+    for text in guards["warnings"]:
+        page.warning(text)
+    frozen = "in eval mode and unchanged from the first step to the last (version counters)"
+    page.text(f"Frozen teachers: {frozen}.")
 
 
 def conventions(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
-    page.heading("Loss conventions")
-    page.text(
-        "Sum over classes, mean over samples (tokens: over all supervised positions of the global batch)."
-    )
-    page.table([key.replace("_", " ") for key in rows[0]], [list(row.values()) for row in rows])
+    """What each loss does where frameworks differ; nothing where there is no loss."""
+    if rows:
+        page.heading("Loss conventions")
+        tokens = "tokens: over all supervised positions of the global batch"
+        page.text(f"Sum over classes, mean over samples ({tokens}).")
+        page.table([key.replace("_", " ") for key in rows[0]], [[*row.values()] for row in rows])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
-def curves(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Validation metric and loss terms over steps, as a PNG."""
+def curves(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """The first validation metric and the loss terms over steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, rows in series.items():
-        judged = [r for r in rows if any(k.startswith("val/") for k in r)]
-        if judged:
-            metric = next(k for k in judged[0] if k.startswith("val/"))
-            left.plot([r["step"] for r in judged], [r[metric] for r in judged], label=name)
-            left.set_ylabel(metric)
-        terms = list(
-            dict.fromkeys(k for r in rows for k in r if k not in ("step", "lr") and not k.startswith("val/"))
-        )
-        for term in terms:
-            points = [(r["step"], r[term]) for r in rows if term in r]
-            right.plot(*zip(*points, strict=True), label=f"{name}: {term}", alpha=0.8)
+        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("step", "lr")))
+        metrics = [key for key in keys if key.startswith("val/")][:1]
+        terms = [key for key in keys if not key.startswith("val/")]
+        lines = [(left, key, name) for key in metrics] + [(right, key, f"{name}: {key}") for key in terms]
+        for axes, key, label in lines:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), label=label, alpha=0.8)
+        left.set_ylabel(metrics[0] if metrics else left.get_ylabel())
     left.set_xlabel("step")
     right.set(xlabel="step", ylabel="loss terms", yscale="log" if right.lines else "linear")
     for axes in (left, right):
         if axes.lines:
             axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return figure

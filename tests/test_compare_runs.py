@@ -144,7 +144,9 @@ def test_what_is_finished_is_not_run_again(tiny: dict[str, Any], tmp_path: Path)
     assert [values(after, arm)[:2] for arm in ("none", "kd", "tiny")] == [
         values(before, a) for a in ("none", "kd", "tiny")
     ]
-    with pytest.raises(InputError, match="another when this comparison began"):
+    with pytest.raises(
+        InputError, match=r"changed since this comparison began: arms\.kd\.train\.epochs: 2 -> 1"
+    ):
         kdcore.compare(tiny, overrides=["train.epochs=1"], seeds=2, out=out)
     with pytest.raises(InputError, match="no comparison"):
         kdcore.compare(tiny, seeds=2, out=out / "runs")

@@ -11,7 +11,7 @@ import pytest
 
 import kdcore
 from kdcore.comparison.runs import Job, without_test
-from kdcore.comparison.tune import Study, changed, hide_test, search, spaces
+from kdcore.comparison.tune import changed, hide_test, search, spaces
 from kdcore.errors import InputError
 from kdcore.recipe import parse
 
@@ -41,16 +41,18 @@ def test_a_search_reads_no_test_split_and_repeats_itself(
     tiny |= {"seed": 7, "report": {"guards": True}}
     tiny["train"]["threads"] = 1
     room = {"train.optimizer.lr": [1e-6, 1e-1], "loss.0.weight": [0.1, 1.0]}
-    studies = [
-        Study(Job("a", hide_test(tiny), tmp_path / n, str(tmp_path)), room, 3, "accuracy") for n in "ab"
-    ]
-    first = search(studies[0])
+    jobs = [Job("a", hide_test(tiny), tmp_path / name, str(tmp_path)) for name in "ab"]
+
+    def found(job: Job) -> dict[str, Any]:
+        return search(job, {"a": room}, 3, "accuracy")
+
+    first = found(jobs[0])
     assert __import__(module).READ == []
     assert [set(t["values"]) for t in first["trials"]] == [set(), set(room), set(room)]
     assert first["val"] == max(t["val"] for t in first["trials"])
     lock = tmp_path / "a/trial-2/results.json"
     time = lock.stat().st_mtime_ns
-    assert search(studies[0]) == first == search(studies[1])
+    assert found(jobs[0]) == first == found(jobs[1])
     assert lock.stat().st_mtime_ns == time
     kdcore.run(tiny, out=tmp_path / "run")
     assert __import__(module).READ != []

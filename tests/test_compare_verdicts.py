@@ -9,11 +9,12 @@ import pytest
 from kdcore.comparison.stats import Difference
 from kdcore.comparison.verdicts import scale_of, verdict
 
-ACCURACY = scale_of("accuracy", None, 0.9)
+VALUES = {"none": [0.9, 0.8], "kd": [0.7, 0.8]}
+ACCURACY = scale_of("accuracy", None, VALUES)
 
 
 def sentence(d: Difference, metric: str = "accuracy", unmatched: tuple[str, ...] = ()) -> str:
-    return verdict("pld", {("kd", "none"): d, ("pld", "kd"): d}, scale_of(metric, None, 0.9), unmatched)
+    return verdict("pld", {("kd", "none"): d, ("pld", "kd"): d}, scale_of(metric, None, VALUES), unmatched)
 
 
 def test_better_worse_and_their_directions() -> None:
@@ -73,7 +74,7 @@ def test_an_unmatched_arm_is_no_evidence() -> None:
 
 
 def test_what_is_worth_seeing() -> None:
-    assert scale_of("accuracy", None, 0.9).seen == 0.005
-    assert scale_of("accuracy", 2.0, 0.9).seen == 0.02
-    assert scale_of("perplexity", None, 20.0).seen == pytest.approx(0.2)
-    assert scale_of("mean_squared_error", 3.0, 20.0).seen == 3.0
+    assert scale_of("accuracy", None, VALUES).seen == 0.005
+    assert scale_of("accuracy", 2.0, VALUES).seen == 0.02
+    assert scale_of("perplexity", None, {"none": [20.0, 30.0], "kd": [-2.0]}).seen == pytest.approx(0.2)
+    assert scale_of("mean_squared_error", 3.0, VALUES).seen == 3.0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kdcore.comparison.record import record
+from kdcore.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = {e["slug"]: e for e in tomllib.loads((ROOT / "registry.toml").read_text("utf-8"))["method"]}
@@ -110,9 +111,10 @@ def test_the_result_takes_its_place_in_the_catalogue(evidence: ModuleType) -> No
 
 
 def test_a_record_without_a_value_or_a_reference_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ours: one value for each"):
-        record(tmp_path / "a", "accuracy", [0, 1], {"none": [0.5, 0.6], "ours": [0.7]}, ["none"])
-    with pytest.raises(ValueError, match="reference kd is none of the arms"):
+    for row in ([0.7], [0.7, float("nan")], [0.7, float("inf")]):
+        with pytest.raises(InputError, match="ours: one finite value for each of the seeds"):
+            record(tmp_path / "a", "accuracy", [0, 1], {"none": [0.5, 0.6], "ours": row}, ["none"])
+    with pytest.raises(InputError, match="no such arm"):
         record(tmp_path / "a", "accuracy", [0, 1], {"none": [0.5, 0.6]}, ["kd"])
     assert not (tmp_path / "a").exists()
 

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from kdcore import api
 from kdcore import recipe as recipes
+from kdcore.building import to_train
 from kdcore.checkpoint import write_json
 from kdcore.comparison import tune as tuning
 from kdcore.comparison.arms import STOCK, Tree, arms_of
 from kdcore.comparison.matching import changes_data, measured_differences, recipe_differences
-from kdcore.comparison.pool import Outcome, spread
-from kdcore.comparison.runs import Job, finished, outcome, run_arm, train_teachers
-from kdcore.comparison.stats import compare_all
+from kdcore.comparison.pool import spread
+from kdcore.comparison.runs import Job, finished, run_arm, standard_stages, train_teachers
+from kdcore.comparison.stats import Difference, Pair, compare_all
 from kdcore.comparison.verdicts import scale_of, verdict
 from kdcore.errors import InputError, Interrupted, RunError
-from kdcore.folder import beside
+from kdcore.folder import beside, difference
 from kdcore.progress import Progress
 from kdcore.recipe import Source
+from kdcore.tables import Recipe
 from kdcore.task import DEFAULT_METRICS
 
 TUNING_SEED = 1000  # a search's seed is this far from the recipe's: no seed is both chosen on and reported
@@ -53,38 +58,36 @@ def compare(
     space: Iterable[str] = (),
     teacher: Literal["shared", "per-seed"] = "shared",
     references: Iterable[str] = (),
+    metric: str | None = None,
     detect: float | None = None,
     out: str | os.PathLike[str] | None = None,
     quiet: bool = True,
 ) -> Comparison:
-    """Run matched arms of a recipe over ``seeds`` and judge them by the first metric of its task, on test.
+    """Run matched arms of a recipe over ``seeds`` and judge them by ``metric`` (its task's first), on test.
 
     ``arms`` as in ``kdcore.comparison.arms``; ``tune`` trials of a search for each arm on val, over
     ``space`` (``KEY=[LOW, HIGH]``); ``references``: arms that every other one is compared with, too, beside
-    none and kd; ``detect``: the difference worth seeing, in points; ``out`` may hold an interrupted
-    comparison, or one of fewer seeds or arms: what is finished there is not run again.
+    none and kd; ``metric``: one of the task's, or ``probe.NAME.KEY``, a number that a probe of the recipe measures;
+    ``detect``: the difference worth seeing, in points; ``out`` may hold an interrupted comparison, or one of fewer
+    seeds or arms: what is finished there is not run again.
     Raises InputError before anything runs; RunError after the report where a run failed.
     """
     if seeds < 2:
         raise InputError("--seeds", "a paired test needs two at least", given=seeds)
     source = recipes.read(where, overrides)
     recipe = recipes.check(source)
-    (trees, own), first, task = arms_of(source, arms), recipe.seed, recipe.task
-    more = [*references]
-    for name in more:
-        if name not in trees:
-            raise InputError("--reference", "no such arm", given=name, allowed=", ".join(trees))
-    metrics = DEFAULT_METRICS[task.use] if task.metrics is None else task.metrics
-    if not metrics:
-        raise InputError("task.metrics", "a comparison needs a metric", hint="the first one decides")
+    trees, own = arms_of(source, arms)
+    names = [*dict.fromkeys([*STOCK, *references])]
+    for name in names:
+        if name not in (*STOCK, *trees):
+            raise InputError("--reference", "no such arm", given=name, allowed=trees)
     folder = Path(out or f"runs/compare-{own}-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
-    work = Work(
-        source, trees, own, folder, range(first, first + seeds), jobs, metrics[0], teacher, Progress(quiet)
-    )
-    work.references = list(dict.fromkeys([*STOCK, *more]))
+    numbers = range(recipe.seed, recipe.seed + seeds)
+    judged = _metric(recipe, metric)
+    work = Work(source, trees, own, folder, numbers, jobs, judged, teacher, names, Progress(quiet))
     work.check()
     rooms = tuning.spaces(trees, space) if tune else {}
-    work.join({"tune": tune, "space": rooms, "teacher": teacher})
+    work.join({"arms": trees, "tune": tune, "space": rooms, "teacher": teacher})
     threads = torch.get_num_threads()
     try:
         work.run(tune, rooms)
@@ -93,6 +96,20 @@ def compare(
     finally:
         torch.set_num_threads(threads)
     return work.report(detect)
+
+
+def _metric(recipe: Recipe, wanted: str | None) -> str:
+    """What decides: a metric of the task, or what a probe of the recipe measures."""
+    task = recipe.task
+    metrics = DEFAULT_METRICS[task.use] if task.metrics is None else task.metrics
+    probes = [f"probe.{table.use}." for table in recipe.probe]
+    if wanted is not None and not (wanted in metrics or wanted.startswith(tuple(probes))):
+        raise InputError(
+            "--metric", "no such metric", given=wanted, allowed=[*metrics, *(f"{p}KEY" for p in probes)]
+        )
+    if not (wanted or metrics):
+        raise InputError("task.metrics", "a comparison needs a metric", hint="the first one decides")
+    return wanted or metrics[0]
 
 
 @dataclass
@@ -107,13 +124,19 @@ class Work:
     jobs: int
     metric: str
     teacher: str
+    references: list[str]
     progress: Progress
-    references: list[str] = field(default_factory=lambda: list(STOCK))
     total: int = 0
     count: int = 0
     outcomes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> dict[str, list[dict[str, Any]]]:
+        """The outcomes in the order of the arms and seeds, whatever order they ended in."""
+        ended = {arm: self.outcomes[arm] for arm in self.trees if arm in self.outcomes}
+        return {arm: [found[seed] for seed in sorted(found)] for arm, found in ended.items()}
 
     def check(self) -> None:
         """Every arm's recipe, wholly, before the first is run."""
@@ -125,18 +148,19 @@ class Work:
                     error.place = error.place if name == self.own else f"arm {name}: {error.place}"
                     raise recipes.located(error, self.source) from error.__cause__
 
-    def join(self, settings: dict[str, Any]) -> None:
+    def join(self, settings: Mapping[str, Any]) -> None:
         """Open the folder, or go on in it: arms and seeds may have been added, none changed."""
         path = self.folder / "plan.json"
-        plan = json.loads(json.dumps({"arms": self.trees, **settings}, default=str))
+        plan = json.loads(json.dumps(settings, default=str))
         if path.exists():
             before = json.loads(path.read_text("utf-8"))
-            pairs = [(key, before[key], plan[key]) for key in settings if key != "space"]
-            pairs += [
-                (f"arm {n}", t, plan["arms"][n]) for n, t in before["arms"].items() if n in plan["arms"]
-            ]
-            if changed := [key for key, old, new in pairs if old != new]:
-                problem = f"{changed[0]} was another when this comparison began"
+            both = [arm for arm in before["arms"] if arm in plan["arms"]]
+            old, new = (
+                {**each, **{key: {arm: each[key].get(arm) for arm in both} for key in ("arms", "space")}}
+                for each in (before, plan)
+            )
+            if changed := difference(old, new):
+                problem = f"changed since this comparison began: {changed}"
                 raise InputError(str(self.folder), problem, hint="name another --out")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(str(self.folder), "not empty, and no comparison", hint="name another --out")
@@ -150,14 +174,13 @@ class Work:
         with self.progress.task(f"compare {self.own}", self.total, "trainings"):
             spread(train_teachers, preparations, self.jobs, self._prepared)
             if tune:
-                studies = [
-                    self._study(arm, rooms[arm], tune, teachers[arm, self.seeds[0]]) for arm in self.trees
-                ]
-                spread(tuning.search, studies, self.jobs, self._searched)
-            todo = [self._job(arm, seed, teacher) for (arm, seed), teacher in teachers.items()]
-            for job in (done := [job for job in todo if finished(job)]):
-                self._ran(job, (True, outcome(job.folder)))
-            spread(run_arm, [job for job in todo if job not in done], self.jobs, self._ran)
+                searches = [self._search_job(arm, teachers[arm, self.seeds[0]]) for arm in self.trees]
+                search = partial(tuning.search, spaces=rooms, trials=tune, metric=self.metric)
+                spread(search, searches, self.jobs, self._searched)
+            jobs = [self._job(arm, seed, teacher) for (arm, seed), teacher in teachers.items()]
+            done = [job for job in jobs if finished(job)]
+            spread(run_arm, done, 1, self._ran)
+            spread(run_arm, [job for job in jobs if job not in done], self.jobs, self._ran)
 
     def _job(self, arm: str, seed: int, teacher: Job | None) -> Job:
         tree, folder = {**self.trees[arm], "seed": seed}, self.folder / "runs" / arm / f"seed-{seed}"
@@ -166,44 +189,40 @@ class Work:
     def _teacher_job(self, arm: str, seed: int) -> Job | None:
         """What this run's teachers come from: one job for all runs whose recipes train the same ones."""
         tree = self.trees[arm]
-        standard = [
-            s for s in tree.get("stage", [{"use": "distill"}]) if s["use"] == "distill" and "teacher" not in s
-        ]
-        if not standard or all(t.get("train") is None for t in tree.get("teacher", {}).values()):
+        if not (to_train(recipes.parse(tree)) and standard_stages(tree)):
             return None
         first = next(n for n in (self.own, *self.trees) if self.trees[n].get("teacher") == tree["teacher"])
         job = self._job(first, seed if self.teacher == "per-seed" else self.seeds[0], None)
         folder = self.folder / "teachers" / first / job.folder.name
         return replace(job, arm=f"teachers of {first}", folder=folder)
 
-    def _study(self, arm: str, room: tuning.Space, trials: int, teacher: Job | None) -> tuning.Study:
+    def _search_job(self, arm: str, teacher: Job | None) -> Job:
         job = self._job(arm, self.seeds[0] + TUNING_SEED, teacher)
-        job = replace(job, tree=tuning.hide_test(job.tree), folder=self.folder / "search" / arm)
-        return tuning.Study(job, room, trials, self.metric)
+        return replace(job, tree=tuning.hide_test(job.tree), folder=self.folder / "search" / arm)
 
-    def _prepared(self, job: Job, told: Outcome) -> None:
-        if not told[0]:
-            raise RunError(f"{job.title}: {told[1]}")
+    def _prepared(self, job: Job, found: Any) -> None:
+        if isinstance(found, RunError):
+            raise RunError(f"{job.title}: {found}")
         self._tick(job.title)
 
-    def _searched(self, study: tuning.Study, told: Outcome) -> None:
-        arm = study.job.arm
-        if not told[0]:
-            raise RunError(f"the search of {arm}: {told[1]}")
-        self.searches[arm], self.trees[arm] = told[1], tuning.changed(self.trees[arm], told[1]["values"])
-        self._tick(f"search of {arm}", study.trials)
+    def _searched(self, job: Job, found: Any) -> None:
+        if isinstance(found, RunError):
+            raise RunError(f"the search of {job.arm}: {found}")
+        self.searches[job.arm] = found
+        self.trees[job.arm] = tuning.changed(self.trees[job.arm], found["values"])
+        self._tick(f"search of {job.arm}", len(found["trials"]))
 
-    def _ran(self, job: Job, told: Outcome) -> None:
-        good, found = told
-        if good and self.metric in found["test"]:
+    def _ran(self, job: Job, found: Any) -> None:
+        failed = isinstance(found, RunError)
+        value = math.nan if failed else found["test"].get(self.metric, math.nan)
+        if math.isfinite(value):
             self.outcomes.setdefault(job.arm, {})[job.tree["seed"]] = found
-            value = found["test"][self.metric]
             self.progress.note({job.title: value})
             self._tick(f"{job.title}: {self.metric} {value:.4g}")
         else:
-            reason = f"seed {job.tree['seed']}: {f'the run gave no {self.metric}' if good else found}"
-            self.failures.setdefault(job.arm, []).append(reason)
-            self._tick(f"{job.arm}, {reason}")
+            reason = str(found) if failed else f"the run gave no finite {self.metric}"
+            self.failures.setdefault(job.arm, []).append(f"seed {job.tree['seed']}: {reason}")
+            self._tick(f"{job.title}: {reason}")
 
     def _tick(self, text: str, amount: int = 1) -> None:
         self.count += amount
@@ -215,32 +234,58 @@ class Work:
         """Judge the arms all of whose runs ended, and write it down."""
         from kdcore.comparison.page import write
 
-        whole = [arm for arm in self.trees if arm not in self.failures]
-        values = {
-            arm: [self.outcomes[arm][seed]["test"][self.metric] for seed in self.seeds] for arm in whole
-        }
-        differences = compare_all(values, [name for name in self.references if name in values])
-        scale = scale_of(self.metric, detect, max((abs(v[0]) for v in values.values()), default=1.0))
-        unmatched = {arm: self.unmatched(arm) for arm in whole}
-        judged = dict.fromkeys(arm for arm, _ in differences)
-        verdicts = {arm: verdict(arm, differences, scale, unmatched[arm]) for arm in judged}
+        runs = {arm: found for arm, found in self.runs.items() if arm not in self.failures}
+        values = {arm: [run["test"][self.metric] for run in found] for arm, found in runs.items()}
+        references = [arm for arm in self.references if arm in values]
+        differences = compare_all(values, references)
+        scale = scale_of(self.metric, detect, values)
+        table = [self._row(arm, values[arm], found, differences) for arm, found in runs.items()]
+        unmatched = {row["arm"]: row["unmatched"] for row in table}
+        verdicts = {arm: verdict(arm, differences, scale, unmatched[arm]) for arm, _ in differences}
         verdicts |= {arm: f"failed, so not judged: {'; '.join(why)}" for arm, why in self.failures.items()}
-        found = write(self, values, differences, scale, unmatched, verdicts)
+        markdown = write(self, table, verdicts, differences, scale)
+        record: dict[str, Any] = {
+            "metric": self.metric,
+            "seeds": list(self.seeds),
+            "table": table,
+            "verdicts": verdicts,
+        }
+        more = {"failures": self.failures, "searches": self.searches, "recipes": self.trees}
+        record |= {"references": references, **more, "runs": self.outcomes}
+        write_json(self.folder / "compare.json", record)
         if self.failures:
-            (arm, (first, *_)), count = (
-                next(iter(self.failures.items())),
-                sum(map(len, self.failures.values())),
-            )
-            raise RunError(
-                f"{count} runs failed: {arm}, {first}\n  hint    {self.folder / 'report.md'} has the rest"
-            )
-        return found
+            (arm, (first, *_)), rest = next(iter(self.failures.items())), self.folder / "report.md"
+            problem = f"{sum(map(len, self.failures.values()))} runs failed: {arm}, {first}"
+            raise RunError(f"{problem}\n  hint    {rest} has the rest")
+        return Comparison(self.folder, table, verdicts, markdown)
+
+    def _row(
+        self,
+        arm: str,
+        values: list[float],
+        runs: list[dict[str, Any]],
+        differences: Mapping[Pair, Difference],
+    ) -> dict[str, Any]:
+        """What is said of an arm, as it is kept in compare.json."""
+        unmatched = self.unmatched(arm)
+        return {
+            "arm": arm,
+            "mean": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1)),
+            "values": values,
+            **{f"vs {theirs}": d.told() for (ours, theirs), d in differences.items() if ours == arm},
+            "seconds": float(np.mean([run["seconds"] for run in runs])),
+            "peak_memory": max(run["peak_memory"] or 0 for run in runs),
+            "parameters": runs[0]["parameters"].get("student"),
+            "matched": not unmatched,
+            "unmatched": unmatched,
+        }
 
     def unmatched(self, arm: str) -> list[str]:
         """In what an arm differs from the recipe's own, apart from the method and what was searched."""
         pair = (arm, self.own)
         searched = {k for n in pair for t in self.searches.get(n, {}).get("trials", []) for k in t["values"]}
-        ours, theirs = (recipes.parse(self.trees[name]) for name in pair)
+        ours, theirs = (self.trees[name] for name in pair)
         seeds = [seed for seed in self.seeds if seed in self.outcomes.get(self.own, {})]
         mine, others = ([self.outcomes[name][seed]["fingerprint"] for seed in seeds] for name in pair)
         data = not (changes_data(ours) or changes_data(theirs))

@@ -31,13 +31,10 @@ def arms_of(source: Source, specs: Iterable[str]) -> tuple[dict[str, Tree], str]
     own = re.sub(r"[^\w.+-]+", "-", str(base.get("name", ""))).strip("-")
     own = own if own and own not in STOCK else "recipe"
     found: dict[str, Tree] = {}
-    if parse(base).task.use != "none":
-        found["none"] = none = _without_method(base)
-        for table in (none, *none.get("stage", ())):
-            if "task" in table:  # a weight beside a distillation term says nothing of the task alone
-                table["task"] = {k: v for k, v in table["task"].items() if k != "weight"}
+    if parse(base).task.use != "none":  # a task's weight beside a distillation term says nothing of it alone
+        found["none"] = without_method(base, weight=False)
     if base.get("teacher"):
-        found["kd"] = {**_without_method(base), "loss": [{"use": "kd"}]}
+        found["kd"] = {**without_method(base), "loss": [{"use": "kd"}]}
     found[own] = base
     given: set[str] = set()
     for spec in specs:
@@ -54,34 +51,39 @@ def arms_of(source: Source, specs: Iterable[str]) -> tuple[dict[str, Tree], str]
     return found, own
 
 
+def without_method(tree: Mapping[str, Any], *, weight: bool = True) -> Tree:
+    """The recipe without losses, router and augmentations of ``method = true``, its own and its stages'.
+
+    ``weight = False``: without the task's weight, too.
+    """
+    out = copy.deepcopy(dict(tree))
+    for table in (out, *out.get("stage", ())):
+        for key in ("loss", "router"):
+            table.pop(key, None)
+        if "task" in table and not weight:
+            table["task"].pop("weight", None)
+        if "augmentation" in table:
+            table["augmentation"] = [each for each in table["augmentation"] if not each.get("method")]
+    return out
+
+
 def _read(spec: str) -> tuple[str, str, list[str]]:
-    match = _SPEC.fullmatch(spec)
-    name = match["name"] if match else ""
+    """(what the arm starts from, its name, its overrides)."""
+    match, allowed = _SPEC.fullmatch(spec), "NAME, NAME:KEY=VALUE,..."
+    name, overrides = match.groups() if match else ("", None)
     label = name.rpartition(":")[2]
     if not re.fullmatch(r"\w[\w.+-]*", label):
-        raise InputError("--arm", "no arm can have this name", given=spec, allowed="NAME, NAME:KEY=VALUE,...")
+        raise InputError("--arm", "no arm can have this name", given=spec, allowed=allowed)
     if ":" in name and "." in label and label.partition(".")[0] in Recipe.model_fields:
-        raise InputError("--arm", "an override without a value", given=spec, allowed="NAME:KEY=VALUE,...")
-    return name, label, _COMMA.split(match["overrides"]) if match and match["overrides"] else []
+        raise InputError("--arm", "an override without a value", given=spec, allowed=allowed)
+    return name, label, _COMMA.split(overrides) if overrides else []
 
 
 def _prepared(tree: Mapping[str, Any]) -> Tree:
-    """The recipe without baseline, export and probes, on a fixed number of threads."""
-    base = {k: v for k, v in copy.deepcopy(dict(tree)).items() if k not in ("export", "probe")}
-    base["report"] = {"baseline": False, "guards": True}
-    base["train"] = {"threads": 1, **base.get("train", {})}
-    return base
-
-
-def _without_method(base: Tree) -> Tree:
-    def stripped(table: Mapping[str, Any]) -> Tree:
-        kept = {k: copy.deepcopy(v) for k, v in table.items() if k not in ("loss", "router")}
-        if "augmentation" in kept:
-            kept["augmentation"] = [each for each in kept["augmentation"] if not each.get("method")]
-        return kept
-
-    tree = stripped(base)
-    return {**tree, "stage": [stripped(stage) for stage in tree["stage"]]} if "stage" in tree else tree
+    """The recipe without baseline and export, on a fixed number of threads."""
+    base = {key: copy.deepcopy(value) for key, value in tree.items() if key != "export"}
+    threads = {"threads": 1, **base.get("train", {})}
+    return {**base, "report": {"baseline": False, "guards": True}, "train": threads}
 
 
 def _based(base: Tree, name: str, overrides: list[str]) -> Tree:
@@ -110,11 +112,8 @@ def _overridden(tree: Tree, overrides: list[str]) -> Tree:
 
 def _replacing(old: Mapping[str, Any], use: str) -> Tree:
     """Another component gets the old one's teacher and stream, nothing that another method was set to."""
-    return (
-        dict(old)
-        if old.get("use") == use
-        else {"use": use, **{k: old[k] for k in ("teacher", "stream") if k in old}}
-    )
+    kept = old if old.get("use") == use else {key: old[key] for key in ("teacher", "stream") if key in old}
+    return {**kept, "use": use}
 
 
 def _first(tree: Tree) -> Mapping[str, Any]:

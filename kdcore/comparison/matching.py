@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from kdcore.tables import Recipe
+from kdcore.comparison.arms import Tree, without_method
+from kdcore.recipe import parse
+from kdcore.source import leaves
 
-METHOD = ("loss", "router", "task.weight")  # what makes a method; arms that differ elsewhere are unmatched
 APART = {"name", "description", "seed", "report", "export", "probe"}  # what decides no bit of the student
 MEASURED = {
     "student": "the student's initial weights",
@@ -19,28 +19,23 @@ MEASURED = {
 }
 
 
-def recipe_differences(ours: Recipe, theirs: Recipe, leave: Iterable[str] = ()) -> list[str]:
-    """Where two recipes differ outside the method and the keys in ``leave``, as ``key: theirs -> ours``.
-
-    Augmentations that say ``method = true`` belong to the method; all others must be the same.
-    """
-    left = (*METHOD, *leave)
-
-    def apart(key: str) -> bool:
-        bare = re.sub(r"^stage\.\d+\.", "", key)  # a stage's own tables are laid over the recipe's
-        return any(f"{bare}.".startswith(f"{each}.") for each in left)
-
-    old, new = (_without_own_views(each.model_dump(exclude=APART)) for each in (theirs, ours))
-    rows = _rows(old, new)
-    return [f"{key}: {was!r} -> {now!r}" for key, was, now in rows if not apart(key)]
+def recipe_differences(ours: Tree, theirs: Tree, leave: Container[str] = ()) -> list[str]:
+    """Where two recipes differ outside the method and the keys in ``leave``, as ``key: theirs -> ours``."""
+    old, new = (_settings(tree) for tree in (theirs, ours))
+    rows = ((key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if key not in leave)
+    return [f"{key}: {was!r} -> {now!r}" for key, was, now in rows if was != now]
 
 
-def changes_data(recipe: Recipe) -> bool:
+def _settings(tree: Tree) -> dict[str, Any]:
+    """Every value of the recipe outside its method by its place, defaults spelt out; nothing is like no value."""
+    recipe = parse(without_method(tree, weight=False)).model_dump(exclude=APART)
+    return {key: value for key, value in leaves(recipe) if value not in (None, [], {})}
+
+
+def changes_data(tree: Tree) -> bool:
     """Whether what the student sees is part of the method."""
-    stages = [stage.params.get("augmentation", []) for stage in recipe.stage]
-    return any(each.method for each in recipe.augmentation) or any(
-        table.get("method") for each in stages for table in each
-    )
+    tables = (tree, *tree.get("stage", ()))
+    return any(each.get("method") for table in tables for each in table.get("augmentation", ()))
 
 
 def measured_differences(
@@ -50,30 +45,6 @@ def measured_differences(
 
     ``data = False`` leaves out which samples came first and what they looked like: the method decides it.
     """
-    return [
-        words
-        for key, words in MEASURED.items()
-        if (data or key not in ("ids", "batch"))
-        and any(mine.get(key) != other.get(key) for mine, other in zip(ours, theirs, strict=True))
-    ]
-
-
-def _without_own_views(tree: dict[str, Any]) -> dict[str, Any]:
-    for table in (tree, *tree.get("stage", ())):
-        if table.get("augmentation"):
-            table["augmentation"] = [each for each in table["augmentation"] if not each.get("method")]
-    return tree
-
-
-def _rows(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of every leaf that differs; lists of equal length are compared item by item."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if old is None and isinstance(new, Mapping) and new:  # a stage may have a table that another's lacks
-        old = {}
-    if new is None and isinstance(old, Mapping) and old:
-        new = {}
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return [] if old == new else [(place, old, new)]
-    keys = dict.fromkeys([*old, *new])
-    return [row for k in keys for row in _rows(old.get(k), new.get(k), f"{place}.{k}".strip("."))]
+    keys = [key for key in MEASURED if data or key not in ("ids", "batch")]
+    pairs = list(zip(ours, theirs, strict=True))
+    return [MEASURED[key] for key in keys if any(mine.get(key) != other.get(key) for mine, other in pairs)]

@@ -1,23 +1,23 @@
-"""The report of a comparison: report.md, report.html (one file, no network), comparison.png, compare.json."""
+"""The report of a comparison: report.md, report.html (one file, no network) and comparison.png."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdcore.checkpoint import replacing, write_json
+import numpy as np
+
 from kdcore.comparison.stats import Difference, Pair
-from kdcore.comparison.verdicts import Scale, p_value
+from kdcore.comparison.verdicts import Scale
 from kdcore.report import Page, conventions
 
 if TYPE_CHECKING:
-    from kdcore.comparison import Comparison, Work
+    from matplotlib.figure import Figure
 
-Values = Mapping[str, Sequence[float]]
+    from kdcore.comparison import Work
+
+Table = Sequence[Mapping[str, Any]]  # a row an arm, as in compare.json
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # what each finished run of an arm came to, by seed
 HOW = (
     "Every arm is trained with the same seeds, and each seed gives one difference between two arms. "
     "Intervals hold 95 % confidence for the mean of one difference (paired t). p is the paired t test's, "
@@ -36,175 +36,106 @@ SEARCH = "As many trials for every arm, on the validation split alone and with a
 
 
 def write(
-    work: Work,
-    values: Values,
-    differences: Mapping[Pair, Difference],
-    scale: Scale,
-    unmatched: Mapping[str, Sequence[str]],
-    verdicts: Mapping[str, str],
-) -> Comparison:
-    """Everything that a comparison leaves at the top of its folder. All values are on the test split."""
-    from kdcore.comparison import Comparison
-
-    table = [_row(work, arm, values[arm], differences, unmatched[arm]) for arm in values]
-    page = Page(f"Comparison: {work.own}")
+    work: Work, table: Table, verdicts: Mapping[str, str], found: Mapping[Pair, Difference], scale: Scale
+) -> str:
+    """Write the page into the comparison's folder and return it as markdown. All values are on the test split."""
+    page, runs = Page(f"Comparison: {work.own}", work.folder), work.runs
     seeds = f"{len(work.trees)} arms, {len(work.seeds)} seeds ({work.seeds[0]} to {work.seeds[-1]})"
     page.text(f"{seeds}, judged by {work.metric} on the test split, which each run reads once, at its end.")
     page.heading("Verdict")
     page.items(verdicts.items())
-    _results(page, table, differences, scale)
-    if values:
-        png = figure(work, values)
-        with replacing(work.folder / "comparison.png") as draft:
-            draft.write_bytes(png)
-        page.image("comparison.png", png)
+    _results(page, table, found, scale)
+    if table:
+        page.figure("comparison.png", figure(work.metric, table, runs))
     page.heading("Matched arms")
     page.text(MATCHED)
-    for arm, rows in unmatched.items():
-        if rows:
-            page.text(f"{arm} is not matched to {work.own}: {'; '.join(rows)}.", warn=True)
-    if values and not any(unmatched.values()):
-        page.text("All arms are.")
-    _models(page, work, values)
-    _details(page, work)
-    page.save(work.folder)
-    record = {"metric": work.metric, "seeds": list(work.seeds), "table": table, "verdicts": verdicts}
-    record["references"] = [name for name in work.references if name in values]
-    more = {
-        "failures": work.failures,
-        "searches": work.searches,
-        "recipes": work.trees,
-        "runs": work.outcomes,
-    }
-    write_json(work.folder / "compare.json", {**record, **more})
-    return Comparison(work.folder, table, dict(verdicts), page.markdown)
-
-
-def _row(
-    work: Work,
-    arm: str,
-    values: Sequence[float],
-    differences: Mapping[Pair, Difference],
-    unmatched: Sequence[str],
-) -> dict[str, Any]:
-    runs = list(work.outcomes[arm].values())
-    return {
-        "arm": arm,
-        "mean": statistics.fmean(values),
-        "sd": statistics.stdev(values),
-        "values": list(values),
-        **{f"vs {theirs}": _numbers(d) for (ours, theirs), d in differences.items() if ours == arm},
-        "seconds": statistics.fmean(run["seconds"] for run in runs),
-        "peak_memory": max(run["peak_memory"] or 0 for run in runs),
-        "parameters": runs[0]["parameters"].get("student"),
-        "matched": not unmatched,
-        "unmatched": list(unmatched),
-    }
-
-
-def _numbers(d: Difference) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in dataclasses.asdict(d).items()}
-
-
-def _results(
-    page: Page, table: Sequence[Mapping[str, Any]], differences: Mapping[Pair, Difference], scale: Scale
-) -> None:
-    page.heading("Results")
-    references = list(dict.fromkeys(reference for _, reference in differences))
-    against = [f"vs {reference} [95 %], p" for reference in references]
-    head = (
-        "arm",
-        f"{scale.metric}{scale.unit}",
-        "sd",
-        *against,
-        "seconds",
-        "peak MB",
-        "parameters",
-        "matched",
-    )
-    rows = []
     for row in table:
-        told = [differences.get((row["arm"], reference)) for reference in references]
-        shown = [
-            f"{scale.number(d.mean, '+')}{scale.interval(d)}, {p_value(d.corrected)}" if d else ""
-            for d in told
-        ]
-        costs = [f"{row['seconds']:.3g}", f"{row['peak_memory'] / 2**20:.0f}", row["parameters"]]
-        rows.append(
-            [row["arm"], scale.number(row["mean"]), scale.number(row["sd"]), *shown, *costs, row["matched"]]
-        )
-    page.table(head, rows)
-    page.text(HOW)
-
-
-def _models(page: Page, work: Work, values: Values) -> None:
-    """The teachers, and the metrics that do not decide."""
-    run = next((runs[work.seeds[0]] for arm, runs in work.outcomes.items() if arm in values), None)
-    if run and run["teachers"]:
-        page.heading("Teachers")
-        names = list(next(iter(run["teachers"].values())))
-        rows = [
-            (n, *(v.get(k, "") for k in names), run["parameters"].get(n, ""))
-            for n, v in run["teachers"].items()
-        ]
-        page.table(("teacher", *(name.replace("_", " ") for name in names), "parameters"), rows)
-        once = f"once, with seed {work.seeds[0]}, for all arms and seeds: the verdicts hold for it"
-        each = "once a seed, for all arms"
-        page.text(f"One that the recipe trains is trained {once if work.teacher == 'shared' else each}.")
-    others = [k for k in (run["test"] if run else ()) if k != work.metric]
-    if others:
-        page.heading("Other metrics, mean ± sd (not tested)")
-        rows = []
-        for arm in values:
-            cells = [[r["test"][k] for r in work.outcomes[arm].values() if k in r["test"]] for k in others]
-            rows.append(
-                (arm, *(f"{statistics.fmean(c):.4g} ± {statistics.stdev(c):.2g}" for c in cells if c))
-            )
-        page.table(("arm", *(name.replace("_", " ") for name in others)), rows)
-
-
-def _details(page: Page, work: Work) -> None:
-    """The search, what each loss does where frameworks differ, warnings of the guards, versions."""
+        if row["unmatched"]:
+            page.warning(f"{row['arm']} is not matched to {work.own}: {'; '.join(row['unmatched'])}.")
+    if table and all(row["matched"] for row in table):
+        page.text("All arms are.")
+    _teachers(page, work, runs)
+    _others(page, work.metric, runs)
     if work.searches:
         page.heading("Search")
         page.text(SEARCH)
-        rows = [
+        best = (
             (arm, len(s["trials"]), s["val"], s["values"] or "as it was") for arm, s in work.searches.items()
-        ]
-        page.table(("arm", "trials", f"best val {work.metric}", "values"), rows)
-    firsts = {arm: next(iter(runs.values())) for arm, runs in work.outcomes.items()}
-    losses = [{"arm": arm, **row} for arm, run in firsts.items() for row in run["conventions"]]
-    if losses:
-        conventions(page, losses)
-    warnings = [
-        f"{arm}: {w}" for arm, runs in work.outcomes.items() for run in runs.values() for w in run["warnings"]
-    ]
+        )
+        page.table(("arm", "trials", f"best val {work.metric}", "values"), best)
+    conventions(page, [{"arm": arm, **row} for arm, (run, *_) in runs.items() for row in run["conventions"]])
+    warnings = (f"{arm}: {text}" for arm, each in runs.items() for run in each for text in run["warnings"])
     for text in dict.fromkeys(warnings):
-        page.text(text, warn=True)
+        page.warning(text)
     page.heading("Made with")
-    page.table(("what", "version"), next(iter(firsts.values()))["versions"].items() if firsts else [])
+    page.table(("what", "version"), next(iter(runs.values()))[0]["versions"].items() if runs else [])
     page.text(
         f"Seconds: the student's training, {work.jobs} at a time. Peak MB: the whole process, or the GPU."
     )
+    page.save()
+    return page.markdown
 
 
-def figure(work: Work, values: Values) -> bytes:
-    """A PNG: a dot a seed with the arms' means (a grey line joins a seed's runs), and val over the steps."""
+def _results(page: Page, table: Table, found: Mapping[Pair, Difference], scale: Scale) -> None:
+    page.heading("Results")
+    references = list(dict.fromkeys(reference for _, reference in found))
+    against = [f"vs {reference} [95 %], p" for reference in references]
+    head = ["arm", f"{scale.metric}{scale.unit}", "sd", *against]
+    rows = []
+    for row in table:
+        told = [scale.difference(found.get((row["arm"], reference))) for reference in references]
+        costs = (f"{row['seconds']:.3g}", f"{row['peak_memory'] / 2**20:.0f}", row["parameters"])
+        mean, sd = scale.number(row["mean"]), scale.number(row["sd"])
+        rows.append((row["arm"], mean, sd, *told, *costs, row["matched"]))
+    page.table((*head, "seconds", "peak MB", "parameters", "matched"), rows)
+    page.text(HOW)
+
+
+def _teachers(page: Page, work: Work, runs: Runs) -> None:
+    first = next(iter(runs.values()))[0] if runs else {"teachers": {}}
+    names = list(dict.fromkeys(key for measured in first["teachers"].values() for key in measured))
+    if names:
+        page.heading("Teachers")
+        rows = (
+            (name, *(measured.get(key, "") for key in names), first["parameters"].get(name, ""))
+            for name, measured in first["teachers"].items()
+        )
+        page.table(("teacher", *(name.replace("_", " ") for name in names), "parameters"), rows)
+        once = f"once, with seed {work.seeds[0]}, for all arms and seeds: the verdicts hold for it"
+        how = once if work.teacher == "shared" else "once a seed, for all arms"
+        page.text(f"One that the recipe trains is trained {how}.")
+
+
+def _others(page: Page, metric: str, runs: Runs) -> None:
+    """The metrics that do not decide, and the numbers of the recipe's probes."""
+    names = dict.fromkeys(name for each in runs.values() for run in each for name in run["test"])
+    rows = []
+    for name in (name for name in names if name != metric):
+        columns = ([run["test"][name] for run in each if name in run["test"]] for each in runs.values())
+        told = (f"{np.mean(c):.4g} ± {np.std(c, ddof=1):.2g}" if len(c) > 1 else "" for c in columns)
+        rows.append((name.replace("_", " "), *told))
+    if rows:
+        page.heading("Other metrics, mean ± sd (not tested)")
+        page.table(("metric", *runs), rows)
+
+
+def figure(metric: str, table: Table, runs: Runs) -> Figure:
+    """A dot a seed with the arms' means (a grey line joins a seed's runs), and val over the steps."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = canvas.subplots(1, 2)
-    left.plot(list(values), list(values.values()), color="0.85", linewidth=1, zorder=1)
-    for x, (arm, row) in enumerate(values.items()):
-        left.scatter([x] * len(row), row, color=f"C{x}", s=22, zorder=2)
-        left.hlines(statistics.fmean(row), x - 0.25, x + 0.25, color=f"C{x}", linewidth=2.5, zorder=3)
-        curves = [run["curve"] for run in work.outcomes[arm].values()]
-        means = [statistics.fmean(y for _, y in points) for points in zip(*curves, strict=False)]
-        right.plot([step for step, _ in curves[0][: len(means)]], means, color=f"C{x}", label=arm)
-    left.set(ylabel=f"test {work.metric}", xlim=(-0.5, len(values) - 0.5))
-    left.tick_params(axis="x", rotation=0 if len(values) < 6 else 30)
-    right.set(xlabel="step", ylabel=f"val {work.metric}, mean over seeds")
+    left.plot(
+        [row["arm"] for row in table], [row["values"] for row in table], color="0.85", linewidth=1, zorder=1
+    )
+    for x, row in enumerate(table):
+        left.scatter([x] * len(row["values"]), row["values"], color=f"C{x}", s=22, zorder=2)
+        left.hlines(row["mean"], x - 0.25, x + 0.25, color=f"C{x}", linewidth=2.5, zorder=3)
+        points = list(zip(*(run["curve"] for run in runs[row["arm"]]), strict=False))
+        steps, values = [same[0][0] for same in points], [np.mean([y for _, y in same]) for same in points]
+        right.plot(steps, values, color=f"C{x}", label=row["arm"])
+    left.set(ylabel=f"test {metric}", xlim=(-0.5, len(table) - 0.5))
+    left.tick_params(axis="x", rotation=0 if len(table) < 6 else 30)
+    right.set(xlabel="step", ylabel=f"val {metric}, mean over seeds")
     right.legend(fontsize=8)
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return canvas

@@ -10,25 +10,21 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import connection
 from typing import Any, TypeVar
 
-from kdcore.errors import Interrupted, KDError
+from kdcore.errors import Interrupted, KDError, RunError
 from kdcore.signals import Stop, graceful
 
 J = TypeVar("J")
-Outcome = tuple[bool, Any]  # (True, what the job gave) or (False, its error in words)
 GRACE_SECONDS = 60.0
 _leaving = False  # in a worker: it was told to stop, and begins no other job
 
 
-def spread(
-    work: Callable[[J], Any], jobs: Sequence[J], workers: int, done: Callable[[J, Outcome], None]
-) -> None:
-    """Run ``work(job)`` for all jobs, ``workers`` at a time (1: in this process); ``done`` hears of each.
+def spread(work: Callable[[J], Any], jobs: Sequence[J], workers: int, done: Callable[[J, Any], None]) -> None:
+    """Run ``work(job)`` for all jobs, ``workers`` at a time (1: in this process).
 
-    A job that fails does not stop the others. SIGTERM or Ctrl-C does: the runs save their state, and
-    Interrupted is raised.
+    ``done`` hears what each gave: for a job that failed, which does not stop the others, a RunError. SIGTERM or
+    Ctrl-C stops them: the runs save their state, and Interrupted is raised.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
@@ -48,13 +44,13 @@ def spread(
                 done(waiting.pop(future), _heard(future))
 
 
-def _heard(future: Future[Outcome]) -> Outcome:
-    error = future.exception()
-    if error is None:
+def _heard(future: Future[Any]) -> Any:
+    try:
         return future.result()
-    if isinstance(error, Interrupted):
-        raise error
-    return False, f"its process died ({error}); was memory short?"
+    except Interrupted:
+        raise
+    except Exception as error:
+        return RunError(f"its process died ({error}); was memory short?")
 
 
 def _begin() -> None:
@@ -64,8 +60,8 @@ def _begin() -> None:
 
 
 def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    connection.wait([parent.sentinel] if parent else [])
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
     last = time.monotonic() + GRACE_SECONDS
     while not _leaving and time.monotonic() < last:  # its run saves its state
@@ -73,18 +69,18 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _attempt(work: Callable[[Any], Any], job: Any) -> Outcome:
-    """Errors travel as words: many cannot be pickled."""
+def _attempt(work: Callable[[Any], Any], job: Any) -> Any:
+    """What the job gives, or its error in words: many cannot be pickled."""
     global _leaving
     try:
         if _leaving:
             raise Interrupted("stopped")
-        return True, work(job)
+        return work(job)
     except Interrupted:
         _leaving = multiprocessing.parent_process() is not None
         raise
     except KDError as error:
-        return False, str(error)
+        return RunError(str(error))
     except Exception as error:  # a plugin may raise anything; one arm's fault must not cost the others
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return False, f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno}, in {at.name})"
+        return RunError(f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno}, in {at.name})")

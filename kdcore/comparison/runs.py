@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from kdcore import api
 from kdcore import recipe as recipes
 from kdcore.building import to_train
 from kdcore.checkpoint import replacing
-from kdcore.data import _load
+from kdcore.data import Source
 from kdcore.errors import RunError
 from kdcore.folder import tomlable
 from kdcore.report import read_metrics
 from kdcore.signals import graceful
+from kdcore.source import LOCK
 from kdcore.stages import Distill, StageRun
 from kdcore.tables import DataTable, StageTable
 from kdcore.types import Data
@@ -33,7 +35,7 @@ FIT_FILES = (
     "weights.safetensors",
     "teacher.safetensors",
     "result.json",
-)  # the mark of done last
+)  # the last says done
 
 
 @dataclass(frozen=True)
@@ -55,97 +57,96 @@ class Job:
 
     def arrive(self) -> None:
         """What every process does first: the recipe's modules can be imported, the threads are as agreed."""
-        sys.path[:] = sys.path if self.home in sys.path else [self.home, *sys.path]
+        if self.home not in sys.path:
+            sys.path.insert(0, self.home)
         torch.set_num_threads(self.tree["train"]["threads"])
 
 
-def train_teachers(job: Job) -> dict[str, Any]:
+def train_teachers(job: Job) -> None:
     """Train every teacher that the recipe trains, into ``job.folder``; done ones are left as they are."""
     job.arrive()
     job.folder.mkdir(parents=True, exist_ok=True)
     with graceful():
-        return _Teachers().run(StageRun(recipes.parse(job.tree), "teacher", job.folder))
+        run = StageRun(recipes.parse(job.tree), "teacher", job.folder)
+        for name in to_train(run.recipe):
+            Distill()._teacher(run, name, {"teachers": {}}, {})
+
+
+def standard_stages(tree: dict[str, Any]) -> list[str]:
+    """The folders of the stages that get the trained teachers: one that trains its own, or repeats, does so itself."""
+    stages = enumerate(recipes.parse(tree).stage or [STANDARD])
+    standard = ((i, stage) for i, stage in stages if stage.use == "distill" and "teacher" not in stage.params)
+    return [recipes.stage_name(stage, index) for index, stage in standard]
 
 
 def run_arm(job: Job) -> dict[str, Any]:
     """The run of one arm and seed, or what a finished one left: see ``outcome``."""
     if not finished(job):
         job.arrive()
-        lock = job.folder / "recipe.lock.toml"
+        lock = job.folder / LOCK
         if not lock.exists():  # as ``kd run`` opens a folder, so that teachers can lie in it
             with replacing(lock) as draft:
                 draft.write_text(tomli_w.dumps(tomlable(job.tree)), "utf-8")
-        if job.teachers is not None:
-            _place_teachers(job, job.teachers)
+        _place_teachers(job)
         api.run(job.tree, out=job.folder, resume=True)
     return outcome(job.folder)
 
 
 def finished(job: Job) -> bool:
     """Whether the folder holds this very run, whole."""
-    lock = job.folder / "recipe.lock.toml"
+    lock = job.folder / LOCK
     if not (lock.exists() and (job.folder / "results.json").exists()):
         return False
     return bool(tomllib.loads(lock.read_text("utf-8")) == tomlable(job.tree))
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """A finished run in short; ``curve`` holds [step, validation metric]."""
+    """A finished run in short. ``test`` holds the student's metrics and the numbers that probes measured, as
+    ``probe.NAME.KEY``; ``curve`` holds [step, validation metric]."""
     results = json.loads((folder / "results.json").read_text("utf-8"))
     if "student" not in results:
         raise RunError("the run trained no student that could be judged: no stage of it is distill")
-    fit, test = results["student"], results.get("test", {})
-    guards = fit["guards"]
+    fit, models = results["student"], results.get("test", {})
+    measured = dict(_numbers(results.get("probes", {}), "probe"))
+    seconds = {name: {"seconds": each["seconds"]} for name, each in results.get("teachers", {}).items()}
     files = sorted(folder.glob("stages/**/student/metrics.jsonl"))
-    curve = [
-        [row["step"], next(v for k, v in row.items() if k.startswith("val/"))]
-        for row in (read_metrics(files[-1]) if files else [])
-        if any(k.startswith("val/") for k in row)
-    ]
+    rows = read_metrics(files[-1]) if files else []
+    judged = ((row["step"], [v for k, v in row.items() if k.startswith("val/")]) for row in rows)
     return {
-        "test": test.get("student", {}),
-        "curve": curve,
-        "seconds": fit["seconds"],
-        "peak_memory": fit["peak_memory"],
-        "parameters": results["parameters"],
-        "conventions": results["conventions"],
-        "warnings": guards["warnings"],
-        "fingerprint": {"steps": fit["steps"], **guards["fingerprint"]},
-        "teachers": {n: {**v, "seconds": _seconds(results, n)} for n, v in test.items() if n != "student"},
-        "versions": results["versions"],
+        "test": {**models.get("student", {}), **measured},
+        "teachers": {n: {**each, **seconds.get(n, {})} for n, each in models.items() if n != "student"},
+        "curve": [[step, metrics[0]] for step, metrics in judged if metrics],
+        "warnings": fit["guards"]["warnings"],
+        "fingerprint": {"steps": fit["steps"], **fit["guards"]["fingerprint"]},
+        **{key: fit[key] for key in ("seconds", "peak_memory")},
+        **{key: results[key] for key in ("parameters", "conventions", "versions")},
     }
+
+
+def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """(place, number) of every number in nested tables."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(each, f"{place}.{key}")
+    elif isinstance(value, int | float):
+        yield place, float(value)
 
 
 def without_test(*, source: str, args: dict[str, Any] = {}) -> Data:  # noqa: B006 - read only
     """The data of ``source`` with val in the place of test: all that a trial of a search may see."""
-    data = _load(DataTable(source=source, args=args))
+    data = Source(DataTable(source=source, args=args), seed=0).data
     data.test = data.val
     return data
 
 
-class _Teachers(Distill):
-    """The standard stage, as far as its teachers."""
-
-    def run(self, run: StageRun) -> dict[str, Any]:
-        results: dict[str, Any] = {"teachers": {}}
-        for name in to_train(run.recipe):
-            self._teacher(run, name, results, {})
-        return results
-
-
-def _place_teachers(job: Job, trained: Path) -> None:
-    """Give the run the trained teachers as fits that are done: the same bits, and nothing to train.
-
-    Standard stages only: one that trains a teacher of its own, or repeats, does so in every run.
-    """
-    for index, stage in enumerate(recipes.parse(job.tree).stage or [STANDARD]):
-        if stage.use != "distill" or "teacher" in stage.params:
-            continue
-        into = job.folder / "stages" / recipes.stage_name(stage, index)
-        for folder in sorted(trained.glob("teacher-*")):
-            for name in FIT_FILES:
-                if not (into / folder.name / name).exists():
-                    _link(folder / name, into / folder.name / name)
+def _place_teachers(job: Job) -> None:
+    """Give the run its trained teachers as fits that are done: the same bits, and nothing to train."""
+    trained = sorted(job.teachers.glob("teacher-*")) if job.teachers else []
+    for stage in standard_stages(job.tree):
+        for source in (folder / name for folder in trained for name in FIT_FILES):
+            target = job.folder / "stages" / stage / source.parent.name / source.name
+            if not target.exists():
+                _link(source, target)
 
 
 def _link(source: Path, into: Path) -> None:
@@ -155,7 +156,3 @@ def _link(source: Path, into: Path) -> None:
             os.link(source, draft)
         except OSError:
             shutil.copyfile(source, draft)
-
-
-def _seconds(results: dict[str, Any], teacher: str) -> Any:
-    return results.get("teachers", {}).get(teacher, {}).get("seconds", "")

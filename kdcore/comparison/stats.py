@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -35,6 +36,10 @@ class Difference:
         """Whether the difference is one, at the level 0.05 for the whole report."""
         return self.corrected <= LEVEL
 
+    def told(self) -> dict[str, float | None]:
+        """As JSON, which knows no nan."""
+        return {key: None if math.isnan(value) else value for key, value in asdict(self).items()}
+
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """The paired t test of two lists of at least two equally ordered values.
@@ -46,25 +51,25 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     a, b = np.asarray(ours, float), np.asarray(theirs, float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise ValueError(f"two lists of the same length, at least 2, not {a.shape} and {b.shape}")
-    d, count = a - b, len(a)
+    d, count, noise = a - b, len(a), ROUNDING * np.abs([a, b]).max()
     mean, sd = float(d.mean()), float(d.std(ddof=1))
-    if sd <= ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
-        if abs(mean) <= ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
-            return Difference(0.0, 0.0, 0.0, 0.0, 1.0, count)
+    if sd <= noise and abs(mean) <= noise:
+        return Difference(0.0, 0.0, 0.0, 0.0, 1.0, count)
+    if sd <= noise:
         return Difference(mean, 0.0, math.nan, math.nan, 2.0 / 2**count, count)
     error = sd / math.sqrt(count)
-    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
     half = error * float(stats.t.ppf(1 - LEVEL / 2, count - 1))
+    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
     return Difference(mean, sd, mean - half, mean + half, p, count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): to reject where <= level keeps the family-wise error rate there."""
-    adjusted, worst = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = worst
-    return adjusted
+    p = np.asarray(p_values, float)
+    order, left = np.argsort(p, kind="stable"), np.arange(len(p), 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, left * p[order]))
+    return [float(each) for each in adjusted]
 
 
 def compare_all(values: Mapping[str, Sequence[float]], references: Sequence[str]) -> dict[Pair, Difference]:
@@ -94,10 +99,5 @@ def power(count: int, effect: float, sd: float, level: float = LEVEL) -> float:
 
 def seeds_needed(effect: float, sd: float, level: float = LEVEL) -> int:
     """The fewest pairs that show a true difference ``effect`` with power 0.8 (at most MOST_SEEDS)."""
-    low, high = 1, 2
-    while high < MOST_SEEDS and power(high, effect, sd, level) < POWER:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, effect, sd, level) >= POWER else (middle, high)
-    return min(high, MOST_SEEDS)
+    counts = range(2, MOST_SEEDS)
+    return 2 + bisect_left(counts, POWER, key=lambda count: power(count, effect, sd, level))

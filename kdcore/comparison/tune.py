@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from kdcore import building
 from kdcore.comparison.runs import Job, run_arm
 from kdcore.errors import InputError, RunError
+from kdcore.resolve import schema
 from kdcore.source import override
 from kdcore.tables import LossTable
 from kdcore.task import higher_is_better
 
+Tree = Mapping[str, Any]
 Space = dict[str, list[Any]]  # key -> [low, high] or choices
 AROUND = 10.0
 
 
-@dataclass(frozen=True)
-class Study:
-    """One arm's search: ``trials`` runs in ``job.folder``, of which the first is the arm as it stands."""
-
-    job: Job
-    space: Space
-    trials: int
-    metric: str
-
-
-def spaces(trees: Mapping[str, Mapping[str, Any]], declared: Iterable[str]) -> dict[str, Space]:
+def spaces(trees: Mapping[str, Tree], declared: Iterable[str]) -> dict[str, Space]:
     """Each arm's space. ``declared``: ``KEY=[LOW, HIGH]`` (log-uniform where LOW > 0, whole numbers where
     both are) or ``KEY=[A, B, C]`` (a choice); of these an arm searches what it has.
 
@@ -41,50 +32,53 @@ def spaces(trees: Mapping[str, Mapping[str, Any]], declared: Iterable[str]) -> d
     except ImportError:
         raise InputError("--tune", "Optuna is not installed", hint="pip install 'kdcore[tune]'") from None
     wanted = dict(map(_room, declared))
+    if not wanted:
+        return {arm: _around(tree) for arm, tree in trees.items()}
     return {
-        arm: {k: room for k, room in wanted.items() if _has(tree.get("loss", []), k)}
-        if wanted
-        else _around(tree)
+        arm: {key: room for key, room in wanted.items() if _has(tree.get("loss", []), key)}
         for arm, tree in trees.items()
     }
 
 
-def search(study: Study) -> dict[str, Any]:
-    """Run the trials that are not done yet; returns the best one's values, and all trials.
+def search(job: Job, spaces: Mapping[str, Space], trials: int, metric: str) -> dict[str, Any]:
+    """The best of ``trials`` runs in ``job.folder`` (its ``values`` and ``val``), and all ``trials``.
 
-    A search that is taken up again asks for the same trials, because the sampler is seeded. A trial whose
-    training fails (NaN, say) counts, and wins nothing.
+    The first is the arm as it stands. A search that is taken up again asks for the same trials, because the
+    sampler is seeded, and runs those that are not done yet. A trial whose training fails (NaN, say) counts, and
+    wins nothing.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    upward = higher_is_better(study.metric)
-    sampler = optuna.samplers.TPESampler(seed=study.job.tree["seed"])
+    upward = higher_is_better(metric)
+    sampler = optuna.samplers.TPESampler(seed=job.tree["seed"])
     engine = optuna.create_study(direction="maximize" if upward else "minimize", sampler=sampler)
-    trials: list[dict[str, Any]] = []
-
-    def attempt(values: Mapping[str, Any]) -> float:
-        tree, folder = changed(study.job.tree, values), study.job.folder / f"trial-{len(trials)}"
-        trials.append({"values": dict(values), "val": None})
-        found = run_arm(replace(study.job, tree=tree, folder=folder))["test"]  # val, behind ``without_test``
-        trials[-1]["val"] = value = float(found[study.metric])
-        return value
-
-    with suppress(RunError):
-        attempt({})
-    engine.optimize(
-        lambda trial: attempt({key: _suggest(trial, key, room) for key, room in study.space.items()}),
-        n_trials=study.trials - 1,
-        catch=(RunError,),
-    )
-    done = [t for t in trials if t["val"] is not None]
-    if not done:
+    space = {key: _distribution(room) for key, room in spaces[job.arm].items()}
+    done: list[dict[str, Any]] = []
+    for number in range(trials):
+        trial = engine.ask(space) if number else None
+        values = dict(trial.params) if trial else {}
+        tree, folder = changed(job.tree, values), job.folder / f"trial-{number}"
+        value = _value(replace(job, tree=tree, folder=folder), metric)
+        done.append({"values": values, "val": value})
+        if trial:
+            engine.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
+    judged = [each for each in done if each["val"] is not None]
+    if not judged:
         raise RunError("every trial failed")
-    best = max(done, key=lambda t: t["val"] if upward else -t["val"])
-    return {**best, "trials": trials}
+    return {**(max if upward else min)(judged, key=lambda each: each["val"]), "trials": done}
 
 
-def changed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _value(job: Job, metric: str) -> float | None:
+    """What a trial is judged by: its test split is val, behind ``without_test``."""
+    try:
+        value = float(run_arm(job)["test"][metric])
+    except RunError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def changed(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with the searched values in place."""
     out = copy.deepcopy(dict(tree))
     for key, value in values.items():
@@ -92,29 +86,17 @@ def changed(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-def hide_test(tree: Mapping[str, Any]) -> dict[str, Any]:
+def hide_test(tree: Tree) -> dict[str, Any]:
     """The tree with its data behind ``without_test``, and what teachers and stages lay over it too."""
-    if "source" not in tree["data"]:  # ids alone: there is nothing to hide
-        return dict(tree)
-    out = {**tree, "data": _behind(tree["data"])}
-    if "teacher" in tree:
-        out["teacher"] = {name: _data_behind(table) for name, table in tree["teacher"].items()}
-    if "stage" in tree:
-        out["stage"] = [_data_behind(table) for table in tree["stage"]]
+    out = copy.deepcopy(dict(tree))
+    for table in (out, *out.get("teacher", {}).values(), *out.get("stage", ())):
+        data = table.get("data", {})
+        inner = {key: data.pop(key) for key in ("source", "args") if key in data}
+        if inner:  # ids alone have nothing to hide
+            data["args"] = inner
+        if "source" in inner:
+            data["source"] = "kdcore.comparison.runs:without_test"
     return out
-
-
-def _data_behind(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {**table, "data": _behind(table["data"])} if table.get("data") else dict(table)
-
-
-def _behind(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A data table, or a part of one: its source and arguments become arguments of ``without_test``."""
-    out = {key: value for key, value in data.items() if key not in ("source", "args")}
-    if "source" in data:
-        out["source"] = "kdcore.comparison.runs:without_test"
-    inner = {key: data[key] for key in ("source", "args") if key in data}
-    return {**out, "args": inner} if inner else out
 
 
 def _room(text: str) -> tuple[str, Any]:
@@ -132,13 +114,14 @@ def _is_range(room: list[Any]) -> bool:
     return len(room) == 2 and all(type(each) in (int, float) for each in room)
 
 
-def _around(tree: Mapping[str, Any]) -> Space:
+def _around(tree: Tree) -> Space:
     rate = float(tree.get("train", {}).get("optimizer", {}).get("lr", 1e-3))
     weight = tree["loss"][0].get("weight", 1.0) if tree.get("loss") else 0.0
-    found = {"train.optimizer.lr": [rate / AROUND, rate * AROUND]}
-    if isinstance(weight, int | float) and weight > 0:
-        found["loss.0.weight"] = [weight / AROUND, weight * AROUND]
-    return found
+    middles = {
+        "train.optimizer.lr": rate,
+        "loss.0.weight": weight if isinstance(weight, int | float) else 0.0,
+    }
+    return {key: [each / AROUND, each * AROUND] for key, each in middles.items() if each > 0}
 
 
 def _has(losses: list[Any], key: str) -> bool:
@@ -147,12 +130,15 @@ def _has(losses: list[Any], key: str) -> bool:
         return True
     if not number.isdigit() or int(number) >= len(losses):
         return False
-    _, schema = building.schema("loss", losses[int(number)]["use"])
-    return name in LossTable.model_fields or name in schema.params
+    _, found = schema("loss", losses[int(number)]["use"])
+    return name in LossTable.model_fields or name in found.params
 
 
-def _suggest(trial: Any, key: str, room: list[Any]) -> Any:
+def _distribution(room: list[Any]) -> Any:
+    from optuna import distributions
+
     if not _is_range(room):
-        return trial.suggest_categorical(key, room)
+        return distributions.CategoricalDistribution(room)
     whole = all(isinstance(each, int) for each in room)
-    return (trial.suggest_int if whole else trial.suggest_float)(key, *room, log=room[0] > 0)
+    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+    return kind(*room, log=room[0] > 0)

@@ -32,12 +32,17 @@ class Scale:
     def interval(self, d: Difference) -> str:
         return "" if math.isnan(d.low) else f" [{self.number(d.low)}, {self.number(d.high)}]"
 
+    def difference(self, d: Difference | None) -> str:
+        """A cell of a table; empty where nothing was compared."""
+        return f"{self.number(d.mean, '+')}{self.interval(d)}, {p_value(d.corrected)}" if d else ""
 
-def scale_of(metric: str, detect: float | None, level: float) -> Scale:
-    """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of ``level``."""
+
+def scale_of(metric: str, detect: float | None, values: Mapping[str, Sequence[float]]) -> Scale:
+    """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of the largest first value."""
     if _share(metric):
         return Scale(metric, (0.5 if detect is None else detect) / 100)
-    return Scale(metric, abs(level) / 100 if detect is None else detect)
+    level = max((abs(row[0]) for row in values.values()), default=1.0)
+    return Scale(metric, level / 100 if detect is None else detect)
 
 
 def verdict(arm: str, differences: Mapping[Pair, Difference], scale: Scale, unmatched: Sequence[str]) -> str:
@@ -66,12 +71,12 @@ def _against(reference: str, d: Difference, scale: Scale, level: float) -> str:
         return f"{head} ({scale.amount(d.mean, '+')}): every seed gave {same}"
     head += f" ({scale.amount(d.mean, '+')}{scale.interval(d)}, {p_value(d.corrected)})"
     needed = seeds_needed(scale.seen, d.sd, level) - d.count
-    if needed > 0:
-        head += f": {needed} more would be needed to see {scale.amount(scale.seen)}"
-        here = seeds_needed(abs(d.mean), d.sd, level) - d.count if abs(d.mean) > scale.seen else 0
-        return head + (f", {here} to see {scale.amount(abs(d.mean))}" if here > 0 else "")
-    chance = power(d.count, scale.seen, d.sd, level)
-    return f"{head}: {scale.amount(scale.seen)} would have been seen with power {chance:.2f}"
+    if needed <= 0:
+        chance = power(d.count, scale.seen, d.sd, level)
+        return f"{head}: {scale.amount(scale.seen)} would have been seen with power {chance:.2f}"
+    head += f": {needed} more would be needed to see {scale.amount(scale.seen)}"
+    here = seeds_needed(d.mean, d.sd, level) - d.count if abs(d.mean) > scale.seen else 0
+    return head + (f", {here} to see {scale.amount(abs(d.mean))}" if here > 0 else "")
 
 
 def _share(metric: str) -> bool:
