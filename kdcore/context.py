@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ class RunContext:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.log: Callable[..., None] = lambda **values: None
         self.recipe: Recipe | None = None  # as the stage lays it out; None outside a stage
-        self.terms: dict[str, float] = {}
+        self.terms: Mapping[str, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunContext:
         return self  # copies of a model belong to the same run
@@ -98,9 +97,7 @@ class RunContext:
 
         ``grad`` lets gradient pass through a teacher to its inputs; the student always has it.
         """
-        quiet = torch.no_grad() if name != "student" and not grad else nullcontext()
-        with quiet:
-            return self._distiller.ask(name, batch, replace=replace)
+        return self._distiller.ask(name, batch, grad, replace)
 
     @torch.no_grad()
     def preview(self, loss: Loss) -> tuple[Outputs, Any]:

@@ -79,18 +79,15 @@ def mask_of(term: Tensor, outputs: Outputs | None, part: Batch) -> Tensor | None
     return mask.bool() if mask is not None else None
 
 
-def routed(value: Any, column: Tensor, rows: Tensor | None, name: str) -> Any:
-    """A term times each sample's weight, as a term of the whole batch: 0 where the teacher did not run."""
-    if isinstance(value, dict):
-        return {key: routed(each, column, rows, name) for key, each in value.items()}
+def weighed(value: Any, column: Tensor, rows: Tensor | None, name: str) -> Any:
+    """A term (or several) times each sample's weight [B]; one of ``rows`` alone is 0 for the other samples."""
+    if value is None or isinstance(value, dict):
+        return value and {key: weighed(each, column, rows, name) for key, each in value.items()}
     if value.dim() == 0:
-        raise InputError(
-            "router", f"loss {name!r} gives one value a batch: a router needs one value a sample, [B]"
-        )
+        problem = f"loss {name!r} gives one value a batch: a router needs one value a sample, [B]"
+        raise InputError("router", problem)
     share = column if rows is None else column[rows]
     weighted = value * share.view(-1, *[1] * (value.dim() - 1))
-    return (
-        weighted
-        if rows is None
-        else weighted.new_zeros(len(column), *value.shape[1:]).index_copy(0, rows, weighted)
-    )
+    if rows is None:
+        return weighted
+    return weighted.new_zeros(len(column), *value.shape[1:]).index_copy(0, rows, weighted)

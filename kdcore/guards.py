@@ -47,14 +47,12 @@ class Guards:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
-    def look(
-        self, terms: Mapping[str, tuple[float, Tensor]], student: Mapping[str, Outputs], step: int
-    ) -> None:
+    def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Iterable[Outputs], step: int) -> None:
         seen = {reading.term for reading in self.readings}
         fresh = [name for name in terms if name not in seen]
         if not fresh or not self.enabled:
             return
-        roots = [v for o in student.values() for v in _roots(o)]
+        roots = [v for o in student for v in _roots(o)]
         norms = {name: _norm(weight * value, roots) for name, (weight, value) in terms.items()}
         whole = sum(norms.values()) or 1.0
         for name in fresh:

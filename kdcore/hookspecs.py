@@ -94,8 +94,8 @@ class RunEvents:
         """At the start of every epoch (from 0)."""
 
     @hookspec
-    def before_step(self, batch: Batch) -> None:
-        """Before the student's forward, once per optimiser step; ``batch`` is the augmented batch.
+    def before_step(self, batch: Batch, clean: Batch) -> None:
+        """Before the student's forward, once per optimiser step; ``batch`` is augmented, ``clean`` is not yet.
 
         The place for inner loops and critics (``run.update``).
         """

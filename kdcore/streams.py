@@ -1,9 +1,10 @@
-"""Batches and outputs by stream: cut, put together again, gathered over ranks."""
+"""Batches and outputs: as a model sees them, cut by stream, put together again, gathered over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,52 +32,30 @@ def aligned(outputs: Outputs, seen: Batch, view: Mapping[str, str] | None) -> Ou
 def concatenated(parts: Mapping[str, Batch]) -> Batch:
     """The streams as one batch, one after the other, of the keys that all have."""
     keys = set.intersection(*(set(part) for part in parts.values()))
-    whole = {}
-    for key in sorted(keys):
-        values = [part[key] for part in parts.values()]
-        whole[key] = (
-            torch.cat(values) if isinstance(values[0], Tensor) else [v for part in values for v in part]
-        )
-    return Batch(whole)
+    return Batch({key: _joined([part[key] for part in parts.values()]) for key in sorted(keys)})
 
 
 def separated(outputs: Outputs, parts: Mapping[str, Batch]) -> Streams:
     """The outputs of a concatenated batch, by stream."""
-    found, start = {}, 0
-    for name, part in parts.items():
-        found[name] = outputs.at(slice(start, start + len(part)))
-        start += len(part)
-    return found
+    ends = list(accumulate(map(len, parts.values())))
+    return {
+        n: outputs.at(slice(end - len(part), end)) for (n, part), end in zip(parts.items(), ends, strict=True)
+    }
 
 
-def joined(chunks: Sequence[Batch], seen: Sequence[Streams]) -> Streams:
-    """What a model said of the chunks of a batch, put together again and detached.
-
-    A stream that no chunk has an answer for is left out; ``rows`` count from the start of the whole batch.
-    """
-    found: Streams = {}
-    for stream in dict.fromkeys(name for each in seen for name in each):
-        pieces, start = [], 0
-        for chunk, each in zip(chunks, seen, strict=True):
-            if stream in each:
-                piece = each[stream].detach()
-                pieces.append(piece if piece.rows is None else replace(piece, rows=piece.rows + start))
-            start += len(chunk.part(stream))
-        found[stream] = pieces[0] if len(pieces) == 1 else _mapped(pieces, torch.cat)
-    return found
+def joined(pieces: Sequence[Outputs]) -> Outputs:
+    """What a model said of several batches as of one, detached."""
+    return _joined([piece.detach() for piece in pieces])
 
 
 def gathered(outputs: Outputs) -> Outputs:
     """All ranks' outputs, differentiably."""
-    return replace(_mapped([outputs], lambda values: parallel.gather(values[0])), rows=None)
+    return replace(_joined([outputs], lambda values: parallel.gather(values[0])), rows=None)
 
 
 def gathered_batch(batch: Batch) -> Batch:
     """All ranks' samples; values that are no tensors stay this rank's own."""
-    return Batch(
-        {k: parallel.gather(v) if isinstance(v, Tensor) else v for k, v in batch.items()},
-        {name: gathered_batch(part) for name, part in batch.parts.items()},
-    )
+    return batch._map(lambda value: parallel.gather(value) if isinstance(value, Tensor) else value)
 
 
 def renamed(outputs: Outputs, mapping: Mapping[str, str] | None) -> Outputs:
@@ -89,22 +68,18 @@ def with_tensors(outputs: Outputs, tensors: Mapping[str, Tensor]) -> Outputs:
     return replace(outputs, tensors={**outputs.tensors, **tensors})
 
 
-def _mapped(pieces: Sequence[Outputs], join: Callable[[list[Tensor]], Tensor]) -> Outputs:
-    first = pieces[0]
-
-    def both(get: Callable[[Outputs], Tensor | None]) -> Any:
-        values = [value for piece in pieces if (value := get(piece)) is not None]
-        return join(values) if values else None
-
-    hidden = both(lambda o: o.unembed and o.unembed.hidden)
-    return replace(
-        first,
-        logits=both(lambda o: o.logits),
-        mask=both(lambda o: o.mask),
-        target=both(lambda o: o.target),
-        unembed=None if first.unembed is None else Unembed(hidden, *first.unembed[1:]),
-        topk=first.topk
-        and TopK(*(join([p.topk[i] for p in pieces if p.topk]) for i in range(len(TopK._fields)))),
-        tensors={key: join([p.tensors[key] for p in pieces]) for key in first.tensors},
-        rows=both(lambda o: o.rows),
-    )
+def _joined(values: Sequence[Any], join: Callable[[Any], Any] = torch.cat) -> Any:
+    """Values of one form as one: tensors joined, lists added up, all that has fields field by field."""
+    first = values[0]
+    if isinstance(first, Outputs):
+        each = {f.name: [getattr(value, f.name) for value in values] for f in fields(Outputs)}
+        return Outputs(**{name: _joined(column, join) for name, column in each.items()})
+    if isinstance(first, Unembed):  # one output layer for all
+        return first._replace(hidden=join([value.hidden for value in values]))
+    if isinstance(first, dict):
+        return {key: _joined([value[key] for value in values], join) for key in first}
+    if isinstance(first, TopK):
+        return TopK(*(join(column) for column in zip(*values, strict=True)))
+    if isinstance(first, Tensor):
+        return join(values)
+    return None if first is None else [item for value in values for item in value]

@@ -13,7 +13,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from kdcore import Batch, InputError, Loss, Outputs, Student, Teacher
+from kdcore import Augmentation, Batch, InputError, Loss, Outputs, Student, Teacher
 from kdcore.context import RunContext
 from kdcore.data import Order, Source
 from kdcore.distill import Distiller
@@ -126,24 +126,45 @@ def test_each_stream_is_its_own_mean_and_the_means_are_added(make: Make, batch: 
     assert terms["kd"][1].item() == pytest.approx(sum(means), rel=1e-5)
 
 
-def test_a_gathered_term_of_positions_is_the_mean_over_the_supervised_ones(
-    make: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Positions(Loss):
+    """[B,L] with L = 3: 0, 1, 2 in every row."""
+
+    couples_batch = True
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return student.logits * 0 + torch.arange(CLASSES)
+
+
+class Rows(Loss):
+    """One value a sample of all streams: how many samples there are in all."""
+
+    couples_batch = all_streams = True
+
+    def forward(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
+        assert [len(part) for part in batch.parts.values()] == [len(said.logits) for said in student.values()]
+        return torch.cat([said.logits.sum(1) * 0 + len(batch) for said in student.values()])
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with the same samples, so that what is gathered is what one has, twice."""
+    monkeypatch.setattr("kdcore.parallel.world", lambda: 2)
+    monkeypatch.setattr("kdcore.parallel.gather", lambda value: torch.cat([value, value]))
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_gathered_term_of_positions_is_the_mean_over_the_supervised_ones(make: Make) -> None:
     """A coupled loss sees the same gathered batch in every process; each adds its half of the masked mean."""
-
-    class Positions(Loss):
-        couples_batch = True
-
-        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-            return student.logits * 0 + torch.arange(CLASSES)  # [B,L] with L = 3: 0, 1, 2
-
     whole = part(0, 4)
     whole["mask"] = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1]])
     distiller = make(Slot("positions", Positions(), 1.0, ("main",), None))
-    monkeypatch.setattr("kdcore.parallel.world", lambda: 2)
-    for name in ("gathered", "gathered_batch"):  # this process holds all of it already
-        monkeypatch.setattr(f"kdcore.distill.{name}", lambda value: value)
     assert distiller.terms(whole)["positions"][1].item() == pytest.approx((0 + 2 + 2 + 1 + 2) / 5 / 2)
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_coupled_loss_of_all_streams_sees_all_processes_samples(make: Make, batch: Batch) -> None:
+    distiller = make(Slot("rows", Rows(), 1.0), task_weight=0.0)
+    assert distiller.terms(batch)["rows"][1].item() == pytest.approx(16 / 2)
 
 
 def test_a_slot_hears_only_its_streams_and_the_task_only_labels(make: Make, batch: Batch) -> None:
@@ -260,6 +281,26 @@ def test_a_nested_component_gets_its_run_and_its_events(make: Make, batch: Batch
     assert Inner.steps == 1
     assert inner.run is distiller.run
     assert distiller.name_of(inner) == "student.inner"
+
+
+class Masked(Augmentation):
+    """Takes the inputs away, in place of which its event sees both batches."""
+
+    def forward(self, batch: Batch) -> Batch:
+        batch["input"] = torch.zeros_like(batch["input"])
+        return batch
+
+    def before_step(self, batch: Batch, clean: Batch) -> None:
+        self.seen = batch["input"], clean["input"]
+
+
+def test_before_step_offers_the_batch_before_augmentation_too(make: Make) -> None:
+    augmentation, data = Masked(), part(0, 4, labels=True)
+    distiller = make(kd(), augmentations={"masked": augmentation})
+    distiller.train_step(data, wrapper(distiller))
+    augmented, clean = augmentation.seen
+    assert not augmented.any()
+    assert torch.equal(clean, data["input"])
 
 
 def test_the_named_stream_ends_the_epoch_and_the_other_cycles() -> None:

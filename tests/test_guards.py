@@ -21,7 +21,7 @@ def look(weights: dict[str, float], step: int = 0, guards: Guards | None = None)
         for name, weight in weights.items()
     }
     guards = guards or Guards()
-    guards.look(terms, {"main": Outputs(logits=logits)}, step)
+    guards.look(terms, [Outputs(logits=logits)], step)
     return guards
 
 

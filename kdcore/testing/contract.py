@@ -179,7 +179,7 @@ def _step(s: Subject, component: Any, call: Call) -> None:
     teachers = args.get("teachers", args.get("teacher"))
     said = teachers if isinstance(teachers, Mapping) else {"main": teachers}
     found = events_of([(s.component.name, component)])
-    found.before_step(batch=args["batch"])
+    found.before_step(batch=args["batch"], clean=args["batch"])
     found.after_step(batch=args["batch"], student=args["student"], teachers=said)
 
 
