@@ -22,20 +22,33 @@ from kdcore.errors import InputError, RunError, cause
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """What keeps this block from writing ``path`` (no right, no space, no such place) as a RunError that says so.
+
+    ``also``: what a library raises for it besides OSError.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or cause(error)
+        raise RunError(f"{path}: cannot be written: {reason}") from error
+
+
+@contextmanager
+def replacing(path: Path, *also: type[Exception]) -> Iterator[Path]:
     """A temporary name to write to, synced and renamed to ``path`` when the block ends well, else removed.
 
-    Raises RunError where it cannot be written: no right, no space, no such place.
+    Raises RunError as ``writing`` does.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with writing(path, *also):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -46,22 +59,11 @@ def write_json(path: Path, value: Any) -> None:
         draft.write_text(json.dumps(value, indent=2, default=str) + "\n", "utf-8")
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:
     """Tensors alone, as safetensors; shared storage is written once a name."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(path) as draft, _as_os_error(safetensors.SafetensorError):
-        safetensors.torch.save_file(plain, draft, dict(metadata or {}))
-
-
-@contextmanager
-def _as_os_error(kind: type[Exception]) -> Iterator[None]:
-    """What a library raises while it writes, as the OSError that it stands for."""
-    try:
-        yield
-    except kind as error:
-        raise OSError(cause(error)) from error
+    with replacing(path, safetensors.SafetensorError) as draft:
+        safetensors.torch.save_file(plain, draft, dict(metadata))
 
 
 def load_tensors(path: str | os.PathLike[str], place: str) -> dict[str, Tensor]:
@@ -70,7 +72,7 @@ def load_tensors(path: str | os.PathLike[str], place: str) -> dict[str, Tensor]:
     if not file.is_file():
         raise InputError(place, "no such checkpoint file", given=given)
     try:
-        found: Any = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else _load(file)
+        found: Any = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else load_state(file)
     except pickle.UnpicklingError as error:
         raise _not_loaded(error, place, given) from None
     except Exception as error:  # a damaged file makes its reader raise anything
@@ -96,21 +98,18 @@ def _not_loaded(error: pickle.UnpicklingError, place: str, given: str) -> InputE
 def load_weights(module: nn.Module, path: str | os.PathLike[str], place: str) -> None:
     """Load every weight of ``module`` from a file, or say which are missing, unknown or of another shape."""
     found, wanted = load_tensors(path, place), module.state_dict()
-    missing, unknown = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
-    shapes = [
-        f"{k}: file {tuple(found[k].shape)}, model {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
-    ]
-    if missing or unknown or shapes:
-        parts = [
-            f"{len(rows)} {what}, first {rows[0]}"
-            for what, rows in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-            if rows
-        ]
-        raise InputError(
-            place, f"the checkpoint is of another architecture: {'; '.join(parts)}", given=str(path)
-        )
+    shapes = [(k, tuple(found[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in found]
+    wrong = {
+        "missing": [k for k in wanted if k not in found],
+        "unknown": [k for k in found if k not in wanted],
+        "of another shape": [
+            f"{k}: file {file}, model {model}" for k, file, model in shapes if file != model
+        ],
+    }
+    if any(wrong.values()):
+        parts = [f"{len(names)} {what}, first {names[0]}" for what, names in wrong.items() if names]
+        problem = f"the checkpoint is of another architecture: {'; '.join(parts)}"
+        raise InputError(place, problem, given=str(path))
     module.load_state_dict(found)
 
 
@@ -127,41 +126,28 @@ def _safe_types() -> list[Any]:
         raise pickle.UnpicklingError(f"unsupported class {owner!r}.{name!r}")
 
     dtypes = {type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool", "uint32")}
-    reconstruct = np.array(0).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    return [
-        HistoryBuffer,
-        (statistic, "builtins.getattr"),
-        np.ndarray,
-        np.dtype,
-        reconstruct,
-        scalar,
-        *dtypes,
-    ]
+    made_by = [
+        each.__reduce__()[0] for each in (np.array(0), np.float64(0))
+    ]  # numpy's functions that rebuild them
+    return [HistoryBuffer, (statistic, "builtins.getattr"), np.ndarray, np.dtype, *made_by, *dtypes]
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    with replacing(path) as draft, _as_os_error(RuntimeError):
+    with replacing(path, RuntimeError) as draft:
         torch.save(dict(state), draft)
 
 
-def load_state(path: Path, map_location: str = "cpu") -> dict[str, Any]:
+def load_state(path: Path) -> Any:
     """A torch file under weights-only rules, with what mmengine puts beside the tensors allowed."""
-    return dict(_load(path, map_location))
-
-
-def _load(path: Path, map_location: str = "cpu") -> Any:
     with torch.serialization.safe_globals(_safe_types()), warnings.catch_warnings(action="ignore"):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def newest_state(
-    folder: Path, say: Callable[[str], None] = lambda text: None
-) -> tuple[Path, dict[str, Any]] | None:
-    """The newest state in ``folder`` that loads whole; damaged ones are named and passed over."""
+def newest_state(folder: Path, say: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state in ``folder`` that loads whole; ``say`` is told of damaged ones, which are passed over."""
     for path in sorted(folder.glob("step-*.state"), reverse=True):
         try:
-            return path, load_state(path)
+            return path, dict(load_state(path))
         except Exception as error:
             say(f"{path.name} is damaged ({type(error).__name__}), using the one before it")
     return None

@@ -31,9 +31,7 @@ class TensorSet:
         return {name: value[index] for name, value in self.values.items()}
 
 
-def split(
-    count: int, shares: tuple[float, float], seed: int, target: Any = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def split(count: int, shares: tuple[float, float], seed: int, target: Any = None) -> tuple[Tensor, ...]:
     """Indices of train, val and test: a fixed shuffle of ``count``, cut by the shares of val and test.
 
     With ``target`` every class keeps its share in each split (scikit-learn's stratified split).
@@ -44,7 +42,7 @@ def split(
     rest, last = train_test_split(np.arange(count), test_size=test, random_state=seed, stratify=target)
     strata = None if target is None else np.asarray(target)[rest]
     first, middle = train_test_split(rest, test_size=val / (1 - test), random_state=seed, stratify=strata)
-    return torch.tensor(first), torch.tensor(middle), torch.tensor(last)
+    return tuple(torch.tensor(rows) for rows in (first, middle, last))
 
 
 def digits(
@@ -68,22 +66,23 @@ def digits(
     target = torch.tensor(raw.target, dtype=torch.int64)
     train, middle, last = split(len(target), (val, test), split_seed, raw.target)
     if labels is not None and labels > len(train):
-        raise InputError(
-            "data.args.labels", "more than there are", given=labels, allowed=f"1 to {len(train)}"
-        )
+        allowed = f"1 to {len(train)}"
+        raise InputError("data.args.labels", "more than there are", given=labels, allowed=allowed)
     chosen = train[:labels]
-    made = [TensorSet(ids, input=images[ids], target=target[ids]) for ids in (chosen, middle, last)]
+    steps: list[dict[str, Any]] = [{"step": "scale", "factor": 1 / 16}]
+    steps += [] if flat else [{"step": "add_axis", "axis": 1}]
+    pixels = raw.data if flat else raw.images
+    first, second, third = (
+        TensorSet(ids, input=images[ids], target=target[ids]) for ids in (chosen, middle, last)
+    )
     return Data(
-        train=made[0],
-        val=made[1],
-        test=made[2],
+        first,
+        second,
+        third,
         classes=10,
         labels=[str(i) for i in range(10)],
-        preprocessing=[
-            {"step": "scale", "factor": 1 / 16},
-            *([] if flat else [{"step": "add_axis", "axis": 1}]),
-        ],
-        raw=lambda ids: {"input": (raw.data if flat else raw.images)[list(ids)].astype("float32")},
+        preprocessing=steps,
+        raw=lambda ids: {"input": pixels[list(ids)].astype("float32")},
         description=f"scikit-learn digits, {len(chosen)} training images",
         licence="CC BY 4.0 (UCI Optical Recognition of Handwritten Digits)",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,16 +132,11 @@ def refuse_batch_statistics(student: nn.Module) -> None:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for name, module in student.named_modules():
-        if (
-            isinstance(module, _BatchNorm)
-            and module.track_running_stats
-            and not isinstance(module, nn.SyncBatchNorm)
-        ):
-            raise InputError(
-                "student",
-                f"{name!r} has batch statistics: over {world()} processes each would see its own share",
-                hint='use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process',
-            )
+        counts = isinstance(module, _BatchNorm) and module.track_running_stats
+        if counts and not isinstance(module, nn.SyncBatchNorm):
+            problem = f"{name!r} has batch statistics: over {world()} processes each would see its own share"
+            hint = 'use group norm (args.norm = "group" in kdcore.zoo), SyncBatchNorm on GPUs, or one process'
+            raise InputError("student", problem, hint=hint)
 
 
 def make_folder(folder: Path) -> None:
@@ -161,16 +157,14 @@ def group() -> Iterator[None]:
     It is left in step: a rank whose peer is gone already would be aborted by the background threads of gloo.
     Where a peer is gone before that, the block ends with a RunError.
     """
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         with _peers():
             yield
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # numbers are summed on the CPU, tensors where they are
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with _peers():
             yield
@@ -187,8 +181,6 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
             raise
-        raise RunError(
-            f"another process of this run is gone, so this one ({rank()} of {world()}) ends too: "
-            f"{cause(error, 100)}\n"
-            "  hint    what it said is above, if it could; the last saved state is kept: kd resume, or --resume"
-        ) from error
+        gone = f"another process of this run is gone, so this one ({rank()} of {world()}) ends too"
+        hint = "what it said is above, if it could; the last saved state is kept: kd resume, or --resume"
+        raise RunError(f"{gone}: {cause(error, 100)}\n  hint    {hint}") from error

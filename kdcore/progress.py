@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+
+def _nothing(**changes: Any) -> None:
+    """What is shown where there is no bar."""
 
 
 class Progress:
@@ -13,9 +18,7 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-        self._shown = 0
+        self._update: Callable[..., None] = _nothing
 
     @contextmanager
     def task(self, title: str, total: int, unit: str = "steps") -> Iterator[None]:
@@ -23,33 +26,28 @@ class Progress:
             yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (
+        console, text, note = (
+            Console(stderr=True),
             "[progress.description]{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            "{task.fields[note]}",
         )
-        console = Console(stderr=True)
+        columns = text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
         # a log file gets one line a training instead of a bar that redraws itself
-        with Bar(
-            *columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal
-        ) as bar:
-            self._bar, self._task = bar, bar.add_task(title, total=total, note="")
+        with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+            self._update = partial(bar.update, bar.add_task(title, total=total, note=""))
             yield
         if not console.is_terminal:
             self.say(f"{title}: {total} {unit} done")
-        self._bar = None
+        self._update = _nothing
 
     def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._update(completed=step)
 
     def note(self, metrics: Mapping[str, float]) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, note=" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        self._update(note=" ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
     def say(self, text: str) -> None:
         if not self.quiet:
