@@ -9,15 +9,14 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcore import building, optimizers, parallel, plugins, resolve
+from kdcore import building, optimizers, parallel, plugins
 from kdcore import folder as folders
 from kdcore import recipe as recipes
 from kdcore.checkpoint import replacing, write_json
@@ -52,9 +51,9 @@ def check(where: RecipeLike, overrides: Iterable[str] = (), *, plugins_only: boo
     """All three phases: text and names, signatures, then models, taps and shapes on one small real batch."""
     source = recipes.read(where, overrides)
     recipe = recipes.check(source)
-    with _located(source), folders.beside(source):
+    with recipes.located(source), folders.beside(source):
         if plugins_only:
-            resolve.refuse_code(source.tree)
+            recipes.refuse_code(source.tree)
         _check_whole(recipe)
     return recipe
 
@@ -79,9 +78,9 @@ def run(
     recipe = recipes.check(source)
     default = Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = (Path(out) if out else default).absolute()
-    with _located(source), parallel.group(), folders.beside(source):
+    with recipes.located(source), parallel.group(), folders.beside(source):
         if plugins_only:
-            resolve.refuse_code(source.tree)
+            recipes.refuse_code(source.tree)
         if not (resume and os.path.exists(folder / LOCK)):
             _check_whole(recipe)
         made = not parallel.rank() and folders.open_folder(folder, source, resume, force)
@@ -92,16 +91,6 @@ def run(
             if made:
                 folders.discard(folder)
             raise
-
-
-@contextmanager
-def _located(source: recipes.Source) -> Iterator[None]:
-    """Give an InputError of this block the file and line of its place."""
-    try:
-        yield
-    except InputError as error:
-        recipes.located(error, source)
-        raise
 
 
 def build(kind: str, name: str, **params: Any) -> Any:
@@ -129,10 +118,10 @@ def cache(
 
     source = recipes.read(where, [*overrides, *([] if seed is None else [f"seed={seed}"])])
     recipe = recipes.check(source)
-    with _located(source), folders.beside(source), graceful():
+    with recipes.located(source), folders.beside(source), graceful():
         if plugins_only:
-            resolve.refuse_code(source.tree)
-        resolve.check_signatures(recipe)
+            recipes.refuse_code(source.tree)
+        recipes.check_signatures(recipe)
         folder = None if out is None else Path(out)
         return write(recipe, folder, teacher, Options(**options), Progress(quiet))
 
@@ -190,8 +179,7 @@ def _stage(
     view = recipes.parse_stage(recipe, table, f"stage.{index}")
     stage_run = StageRun(view, name, folder / "stages" / name, artefacts, progress, force=force)
     parallel.make_folder(stage_run.folder)
-    params = resolve.stage_params("stage", table)
-    stage = stage_run.builder().make("stage", table.use, params, f"stage.{index}")
+    stage = stage_run.builder().make("stage", table.use, table.params, f"stage.{index}")
     return dict(stage.run(stage_run))
 
 
@@ -226,7 +214,7 @@ def versions(recipe: Recipe) -> dict[str, str]:
 
 def _check_whole(recipe: Recipe) -> None:
     """Phases two and three. Stages that need earlier artefacts are tried when they start."""
-    resolve.check_signatures(recipe)
+    recipes.check_signatures(recipe)
     stages = recipe.stage or [StageTable(use="distill", name="distill")]
     with tempfile.TemporaryDirectory() as scratch:
         for index, table in enumerate(stages):

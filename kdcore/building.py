@@ -19,7 +19,7 @@ from kdcore.distill import Distiller
 from kdcore.errors import InputError, KDError, cause, nearest
 from kdcore.kinds import Augmentation, FunctionLoss, Kind, Loss, Student, Teacher, frozen
 from kdcore.parts import Parts, Slot
-from kdcore.resolve import is_artefact, schema
+from kdcore.recipe import is_artefact, schema
 from kdcore.tables import LossTable, Recipe
 from kdcore.taps import Taps
 from kdcore.task import Task, check_alignment

@@ -230,8 +230,9 @@ def show(name: str, kind: str | None) -> None:
     installed = any(e.name == slug for e in registry.entries)
     broken = any(fault.entry.name == slug for fault in registry.quarantine)
     if not found and not (name == slug if installed and not broken else catalog.method(slug)):
-        if kind or registry.trouble(slug):
-            registry.find(kind or "loss", name, "name")
+        registry.refuse(slug, repr(name), "name")
+        if kind:
+            registry.find(kind, name, "name")
         hint = nearest(name, [c.name for _, _, c in registry.components()] + list(catalog.methods()))
         raise InputError("name", "no such component or method", given=name, hint=hint or "kd list --all")
     if not found and not installed:

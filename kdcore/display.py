@@ -37,7 +37,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def component(kind: str, entry: Any, component: Any) -> None:
     """What it is for, its parameters and what it reads."""
-    from kdcore.resolve import schema as schema_of
+    from kdcore.recipe import schema as schema_of
 
     target, found = schema_of(kind, f"{entry.distribution}:{component.name}")
     click.echo(f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {component.summary}\n")

@@ -60,14 +60,15 @@ class InputError(KDError):
 def blame(place: str, problem: str, **said: Any) -> Iterator[None]:
     """What somebody else's code raises in this block as an InputError at ``place``, with ``problem`` before its words.
 
-    Our own errors pass as they are. ``said``: what InputError takes besides.
+    What says more already passes as it is. ``said``: what InputError takes besides.
     """
     try:
         yield
-    except KDError:
+    except (InputError, RunError, Interrupted):
         raise
     except Exception as error:  # a model, a loss, a data set may raise anything
-        raise InputError(place, f"{problem}: {cause(error)}", **said) from error
+        words = str(error) if isinstance(error, KDError) else cause(error)
+        raise InputError(place, f"{problem}: {words}", **said) from error
 
 
 class RunError(KDError):
@@ -81,10 +82,12 @@ class Interrupted(KDError):  # noqa: N818 - a run that saved its state and left 
 
 
 def nearest(word: object, choices: Iterable[object]) -> str | None:
-    """``"did you mean 'x'?"`` for the choice that is spelt most like ``word``, or None."""
+    """``"did you mean 'x'?"``: the choices that ``word`` is a dotted part of, or the one spelt most like it, or None."""
     text, names = str(word).lower(), {str(choice).lower(): str(choice) for choice in choices}
-    found = difflib.get_close_matches(text, names, n=1, cutoff=0.6) if len(text) <= 100 else []
-    return f"did you mean {names[found[0]]!r}?" if found else None
+    found = sorted(name for name in names if "." in name and text in name.split("."))[:6]
+    if not found and len(text) <= 100:
+        found = difflib.get_close_matches(text, names, n=1, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(names[name]) for name in found)}?" if found else None
 
 
 def cause(error: BaseException, limit: int = 300) -> str:

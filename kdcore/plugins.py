@@ -12,13 +12,13 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from types import ModuleType
-from typing import Any
 
 import pluggy
 
@@ -79,26 +79,23 @@ class Registry:
             full = [f"{entry.distribution}:{bare}" for entry, _ in found]
             problem = f"{kind} {name!r} is offered by {len(found)} plugins"
             raise InputError(place, problem, given=name, allowed=full)
-        if trouble := self.trouble(bare.partition(".")[0]):
-            why, remedy = trouble
-            raise InputError(place, f"{kind} {name!r} {why}", given=name, hint=remedy)
-        if others := [other for other, names in self.offers.items() if bare in names]:
-            problem = f"{name!r} is {_article(others[0])}, not {_article(kind)}"
-            raise InputError(place, problem, given=name, allowed=sorted(offered), hint=f"kd show {name}")
-        hint = _parts(bare, offered) or nearest(name, [*offered, *catalog.methods()])
-        raise InputError(place, f"unknown {kind} {name!r}", given=name, allowed=sorted(offered), hint=hint)
+        self.refuse(bare.partition(".")[0], f"{kind} {name!r}", place)
+        problem, hint = f"unknown {kind} {name!r}", nearest(name, [*offered, *catalog.methods()])
+        if kinds := [each for each, names in self.offers.items() if bare in names]:
+            problem, hint = f"{name!r} is of kind {' or '.join(kinds)}, not {kind}", f"kd show {name}"
+        raise InputError(place, problem, given=name, allowed=sorted(offered), hint=hint)
 
-    def trouble(self, slug: str) -> tuple[str, str] | None:
-        """Why a plugin that is known by this name cannot be used here, and what to do about it."""
+    def refuse(self, slug: str, what: str, place: str) -> None:
+        """Raise where a plugin is known by this name and cannot be used here, saying what to do about it."""
         for fault in self.quarantine:
             if fault.entry.name == slug:
-                why = f"is in quarantine ({fault.phase}): {fault.error}"
-                return why, "kd plugins shows it; mend or uninstall it"
+                problem = f"{what} is in quarantine ({fault.phase}): {fault.error}"
+                raise InputError(place, problem, hint="kd plugins shows it; mend or uninstall it")
         if any(entry.name == slug for entry in self.blocked):
-            return "is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS", "unset the variable"
+            problem = f"{what} is blocked by KD_PLUGINS or KD_DISABLE_PLUGINS"
+            raise InputError(place, problem, hint="unset the variable")
         if (known := catalog.method(slug)) and all(entry.name != slug for entry in self.entries):
-            return "is not installed", catalog.how_to_get(known)
-        return None
+            raise InputError(place, f"{what} is not installed", hint=catalog.how_to_get(known))
 
 
 @cache
@@ -114,27 +111,12 @@ def discover(entries: Iterable[Entry]) -> Registry:
     with _only_light():
         for entry in sorted(entries, key=lambda e: (e.distribution != GROUP, e.name, e.distribution)):
             allowed = entry.name not in block and (allow is None or entry.name in allow)
-            if not allowed and entry.distribution != GROUP:
+            if allowed or entry.distribution == GROUP:
+                found.entries.append(entry)
+                _load(entry, found)
+            else:
                 found.blocked.append(entry)
-                continue
-            found.entries.append(entry)
-            declared = _load(entry)
-            if isinstance(declared, Fault):
-                found.quarantine.append(declared)
-                continue
-            for kind, component in declared:
-                found.offers[kind].setdefault(component.name, []).append((entry, component))
     return found
-
-
-def load_target(component: Component, place: str = "use") -> Any:
-    """The class or function that a component's target names. Imports the plugin's heavy code."""
-    module, _, attribute = component.target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a plugin's import may raise anything
-        why = f"{component.name!r}: cannot import {component.target!r}: {cause(error)}"
-        raise InputError(place, why, hint="reinstall the plugin, or install what the error names") from error
 
 
 def _names(variable: str) -> list[str] | None:
@@ -156,8 +138,8 @@ def _entry(point: importlib.metadata.EntryPoint) -> Entry:
         return Entry(point.name, "unknown", "unknown", point.value)
 
 
-def _load(entry: Entry) -> list[tuple[str, Component]] | Fault:
-    """(kind, component) of all that a plugin declares, or why it cannot be used."""
+def _load(entry: Entry, registry: Registry) -> None:
+    """Index what an entry declares, or put it in quarantine."""
     phase = "version"
     try:
         _check_version(entry)
@@ -167,14 +149,15 @@ def _load(entry: Entry) -> list[tuple[str, Component]] | Fault:
             phase = "hooks"
             hooks = _hooked(module)
             phase = "declare"
-            return _declared(entry, hooks)
+            for kind, component in _declared(entry, hooks):
+                registry.offers[kind].setdefault(component.name, []).append((entry, component))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a plugin that exits must not end the program
-        name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        name, why = error.name or "" if isinstance(error, ModuleNotFoundError) else "", cause(error)
         if None in (sys.modules.get(name, name), sys.modules.get(name.partition(".")[0], name)):
-            return Fault(entry, phase, f"imports {name}: import it inside the component's own module")
-        return Fault(entry, phase, cause(error))
+            why = f"imports {name}: import it inside the component's own module"
+        registry.quarantine.append(Fault(entry, phase, why))
 
 
 def _check_version(entry: Entry) -> None:
@@ -227,32 +210,21 @@ def _hooked(module: ModuleType) -> pluggy.HookRelay:
 
 
 def _declared(entry: Entry, hooks: pluggy.HookRelay) -> list[tuple[str, Component]]:
-    rows: list[tuple[str, Component]] = []
-    for hook, kind in HOOKS.items():
-        for answer in getattr(hooks, hook)():
-            found = list(islice(answer, MOST + 1))
-            if len(found) > MOST:
-                raise ValueError(f"{hook} gives more than {MOST} components")
-            rows += [(kind, _checked(entry, hook, component)) for component in found]
-    names = [(kind, component.name) for kind, component in rows]
-    if doubled := {name for kind, name in names if names.count((kind, name)) > 1}:
-        raise ValueError(f"declared twice: {', '.join(sorted(doubled))}")
+    rows = [
+        (kind, component)
+        for hook, kind in HOOKS.items()
+        for answer in getattr(hooks, hook)()
+        for component in islice(answer, MOST + 1)
+    ]
+    if len(rows) > MOST:
+        raise ValueError(f"declares more than {MOST} components")
+    for kind, component in rows:
+        if not isinstance(component, Component):
+            raise TypeError(f"{component!r}, given as a {kind}, is not a Component")
+        if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
+            wanted = f"{entry.name!r} or '{entry.name}.part'"
+            raise ValueError(f"component {component.name!r} must be named {wanted}")
+    counts = Counter((kind, component.name) for kind, component in rows)
+    if twice := [name for (_, name), count in counts.items() if count > 1]:
+        raise ValueError(f"declared twice: {', '.join(twice)}")
     return rows
-
-
-def _checked(entry: Entry, hook: str, component: Any) -> Component:
-    if not isinstance(component, Component):
-        raise TypeError(f"{hook} gave {component!r}, not a Component")
-    if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
-        raise ValueError(f"component {component.name!r} must be named {entry.name!r} or '{entry.name}.part'")
-    return component
-
-
-def _parts(word: str, offered: Iterable[str]) -> str | None:
-    """``dkd`` may mean ``classics.dkd``, and a slug any of its parts."""
-    meant = [name for name in sorted(offered) if "." in name and word in name.split(".")]
-    return f"did you mean {' or '.join(map(repr, meant[:6]))}?" if meant else None
-
-
-def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"

@@ -15,7 +15,6 @@ from torch import nn
 
 from kdcore import building as build
 from kdcore import recipe as recipes
-from kdcore import resolve
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
 from kdcore.folder import placed
@@ -43,7 +42,7 @@ def load_run(folder: Path) -> tuple[Recipe, StageRun]:
     name = recipes.stage_name(stages[-1], len(stages) - 1)
     view = recipes.parse_stage(recipe, stages[-1], f"stage.{len(stages) - 1}")
     run = StageRun(view, name, folder / "stages" / name, _artefacts(folder))
-    stage = run.builder().make("stage", stages[-1].use, resolve.stage_params("stage", stages[-1]), "stage")
+    stage = run.builder().make("stage", stages[-1].use, stages[-1].params, "stage")
     run.recipe = stage.view(view, run.artefacts)
     return recipe, run
 

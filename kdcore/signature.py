@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from kdcore.errors import InputError, cause, nearest
+from kdcore.errors import InputError, blame, cause, nearest
 from kdcore.tables import Table
 from kdcore.types import KINDS
 from kdcore.validation import check_model
@@ -59,18 +59,16 @@ class Schema:
             default = ... if p.default is _EMPTY else p.default
             fields[f"p{index}"] = (annotation, Field(default, alias=name))
         config = {"title": self.name, "extra": "allow" if self.open else "forbid"}
-        try:
-            with warnings.catch_warnings(action="ignore"):  # what an annotation means is its author's affair
-                return create_model("Parameters", __base__=Parameters, __cls_kwargs__=config, **fields)
-        except Exception as error:  # pydantic has many ways to say that it cannot use an annotation
-            raise InputError("", f"{self.name}: its signature makes no schema: {cause(error)}") from error
+        problem = f"{self.name}: its signature makes no schema"
+        with (
+            blame("", problem),
+            warnings.catch_warnings(action="ignore"),
+        ):  # an annotation is its author's affair
+            return create_model("Parameters", __base__=Parameters, __cls_kwargs__=config, **fields)
 
-    def nested(self, name: str) -> str | None:
-        """The kind in lower case, when ``name`` is typed as one or an array of one: it takes ``use``."""
-        return next((each for each in _made(self.params[name].annotation) if each in KINDS), None)
-
-    def is_callable(self, name: str) -> bool:
-        return "callable" in _made(self.params[name].annotation)
+    def made(self, name: str) -> str | None:
+        """What a recipe writes for ``name``: "callable" an import string, a kind a table with ``use``."""
+        return next(iter(_made(self.params[name].annotation)), None)
 
     def validate(self, given: Mapping[str, Any], place: str) -> dict[str, Any]:
         """``given`` checked and converted; defaults are left to the callable. InputError names the place."""
@@ -89,42 +87,33 @@ class Schema:
         }
 
     def _filled(self, key: str, value: Any, place: str, make: Callable[[str, Any, str], Any]) -> Any:
-        kind = self.nested(key)
+        kind = self.made(key)
+        if kind == "callable":
+            return value if value is None or callable(value) else import_string(value, place)
         if kind and isinstance(value, list):
             return [self._filled(key, each, f"{place}.{index}", make) for index, each in enumerate(value)]
-        if kind:
-            is_table, is_reference = isinstance(value, Mapping), str(value).startswith("@")
-            if (is_table and "use" not in value) or (
-                isinstance(value, str | int | float) and not is_reference
-            ):
+        if kind and isinstance(value, Mapping | str | int | float):
+            is_table = isinstance(value, Mapping) and isinstance(value.get("use"), str)
+            if not is_table and not str(value).startswith("@"):
                 allowed = f'a table with use (a {kind}), or "@name"'
                 raise InputError(place, "wrong type", given=value, allowed=allowed)
-            return make(kind, value, place)
-        if self.is_callable(key) and isinstance(value, str):
-            return import_string(value, place)
-        if self.is_callable(key) and value is not None and not callable(value):
-            allowed = "an import string, package.module:attribute"
-            raise InputError(place, "wrong type", given=value, allowed=allowed)
-        return value
+        return make(kind, value, place) if kind else value
 
 
-def schema_of(target: Callable[..., Any], name: str, *, is_loss: bool = False) -> Schema:
+def schema_of(target: Callable[..., Any], name: str, place: str = "", *, is_loss: bool = False) -> Schema:
     """The schema of a class or function. ``is_loss``: a function's positional arguments are tensors."""
-    try:
+    with blame(place, f"{name}: its signature cannot be read"):
         parameters = _parameters(target)
-    except (ValueError, TypeError) as error:
-        raise InputError("", f"{name}: its signature cannot be read: {cause(error)}") from error
-    positional = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    keywords = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
-    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    doc = inspect.getdoc(target) or ""
-    if not is_loss or inspect.isclass(target):
-        return Schema(name, {**positional, **keywords}, (), is_open, doc)
-    for each in positional.values():
-        if each.default is not _EMPTY and each.default is not None:
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    binds = is_loss and not inspect.isclass(target)
+    tensors = [p.name for p in named if binds and p.kind is not p.KEYWORD_ONLY]
+    params = {p.name: p for p in named if p.name not in tensors}
+    for each in named:
+        if each.name in tensors and each.default is not _EMPTY and each.default is not None:
             problem = f"{name}: {each.name!r} has a default: a loss function's parameters follow a *"
-            raise InputError("", problem)
-    return Schema(name, keywords, tuple(positional), is_open, doc)
+            raise InputError(place, problem)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return Schema(name, params, tuple(tensors), is_open, inspect.getdoc(target) or "")
 
 
 def import_string(text: Any, place: str) -> Any:
@@ -155,15 +144,14 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
     if inspect.isclass(target):
         owner = next(each for each in inspect.getmro(target) if "__init__" in vars(each))
         # by its owner: some libraries put a function of their own in the place of torch.nn.Module.__init__
-        if owner is object or (owner.__module__, owner.__name__) == ("torch.nn.modules.module", "Module"):
+        if owner.__module__ in ("builtins", "torch.nn.modules.module"):
             return []  # no __init__ of its own
         function = target.__init__
-    parameters = list(inspect.signature(function).parameters.values())
     while isinstance(function, partial):
         function = function.func
     scope = getattr(inspect.unwrap(function), "__globals__", {})
-    wanted = parameters[1:] if inspect.isclass(target) else parameters
-    return [p.replace(annotation=_resolved(p.annotation, scope)) for p in wanted]
+    found = inspect.signature(target).parameters.values()
+    return [p.replace(annotation=_resolved(p.annotation, scope)) for p in found]
 
 
 def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
@@ -182,10 +170,8 @@ def _made(annotation: Any) -> list[str]:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if collections.abc.Callable in (annotation, origin):
         return ["callable"]
-    if origin in (typing.Union, types.UnionType, list, tuple, collections.abc.Sequence):
+    if origin in (typing.Annotated, typing.Union, types.UnionType, list, tuple, collections.abc.Sequence):
         return [each for part in inner for each in _made(part)]
-    if origin is typing.Annotated:
-        return _made(inner[0])
     bases = inspect.getmro(annotation) if inspect.isclass(annotation) else ()
     names = [base.__name__.lower() for base in bases if base.__module__ == "kdcore.kinds"]
     return [name for name in names if name in KINDS][:1]

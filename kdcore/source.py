@@ -8,17 +8,17 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdcore import catalog, plugins
-from kdcore.errors import InputError, cause, nearest
+from kdcore.errors import InputError, blame, cause, nearest
 from kdcore.hookspecs import GROUP
 
 MAX_BYTES = 1_000_000
-MAX_LOCATED = 20_000  # characters; in a longer file, places are not looked up as lines
+MAX_READ = 10_000_000  # characters, read again and again to find a line; in a longer file none is looked up
 LOCK = "recipe.lock.toml"  # a run folder's copy of its recipe; its first line says where the recipe stood
 MADE_FROM = "# made from a recipe in "
 
@@ -44,7 +44,8 @@ def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
     """A recipe from a file, ``slug`` or ``slug:recipe`` of an installed plugin, or a mapping; overrides applied."""
     given = tuple(overrides)
     if isinstance(where, Mapping):
-        source = Source(_copied(where), overrides=given)
+        with blame("", "the recipe cannot be copied"):
+            source = Source(copy.deepcopy(dict(where)), overrides=given)
     else:
         path = _find(os.fspath(where))
         text, tree = _parsed(path)
@@ -55,19 +56,14 @@ def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
     return source
 
 
-def located(error: InputError, source: Source) -> InputError:
-    """The error with the override, or else the file and (where it can be found) the line, of its place."""
-    if error.source:
-        return error
-    steps = error.place.split(".") if error.place else []
-    for text in reversed(source.overrides):
-        path = text.partition("=")[0].strip().split(".")
-        if steps[: len(path)] == path:
-            error.source = f"the override {text}"
-            return error
-    line = _line(source.text, steps) if len(source.text) <= MAX_LOCATED else None
-    error.source = f"{source.path}, line {line}" if line else source.path
-    return error
+@contextmanager
+def located(source: Source) -> Iterator[None]:
+    """An InputError of this block gets the override, or else the file and the line, of its place."""
+    try:
+        yield
+    except InputError as error:
+        error.source = error.source or _origin(error.place, source)
+        raise
 
 
 def recipes_of(slug: str) -> list[Path]:
@@ -104,55 +100,48 @@ def _key(node: Any, step: str, path: str) -> Any:
     """A step of an override as the key or index of the table or array that it is taken in."""
     if isinstance(node, dict):
         return step
-    if not isinstance(node, list):
-        raise InputError(path, f"there is no {step} in a value that is no table", given=node)
-    if step not in map(str, range(len(node))):
-        allowed = f"0 to {len(node) - 1}" if node else "none: the array is empty"
-        raise InputError(path, f"there is no number {step} here", allowed=allowed)
+    indices = [str(index) for index in range(len(node))] if isinstance(node, list) else []
+    if step not in indices:
+        raise InputError(path, f"there is no {step} here", given=node, allowed=indices or "nothing")
     return int(step)
 
 
 def _value(text: str) -> Any:
     try:
-        tree = tomllib.loads(f"v = {text}")
-    except (ValueError, RecursionError):
+        (value,) = tomllib.loads(f"v = {text}").values()
+    except (ValueError, RecursionError):  # no TOML, or more than one statement
         return text
-    return tree["v"] if len(tree) == 1 else text
+    return value
 
 
 def _find(where: str) -> Path:
     """The file that is meant, by its path or as a plugin's recipe."""
-    try:
-        path = Path(where).expanduser()
-        is_folder = path.is_dir()
-        if path.exists() and not is_folder:
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(where, f"not a usable path: {cause(error)}") from None
+    path = os.path.expanduser(where)
+    if os.path.exists(path) and not os.path.isdir(path):
+        return Path(path)
     slug, _, name = where.partition(":")
     recipes = {each.stem: each for each in recipes_of(slug)}
-    if recipes and name in ("", *recipes):
-        return recipes[name or next(iter(recipes))]
-    if recipes:
-        problem = f"plugin {slug!r} has no recipe {name!r}"
-        raise InputError(where, problem, allowed=recipes, hint=nearest(name, recipes))
-    if is_folder:
-        raise InputError(where, "a folder, not a recipe", hint="name the .toml file")
-    raise _no_recipe(where, slug)
+    if not recipes:
+        _refuse(where, slug)
+    if name not in ("", *recipes):
+        raise InputError(where, f"plugin {slug!r} has no recipe {name!r}", given=name, allowed=recipes)
+    first = next(iter(recipes))
+    if not name and len(recipes) > 1:
+        print(f"{slug} has several recipes ({', '.join(recipes)}): this is {slug}:{first}", file=sys.stderr)
+    return recipes[name or first]
 
 
-def _no_recipe(where: str, slug: str) -> InputError:
+def _refuse(where: str, slug: str) -> NoReturn:
+    """Raise for what is neither a file nor a plugin with recipes, saying which of the two is near."""
     registry = plugins.registry()
-    if trouble := registry.trouble(slug):
-        why, remedy = trouble
-        return InputError(where, f"{slug!r} {why}", hint=remedy)
-    names = [entry.name for entry in registry.entries] + [c.name for _, _, c in registry.components()]
+    registry.refuse(slug, repr(slug), where)
+    names = {entry.name for entry in registry.entries} | {c.name for _, _, c in registry.components()}
+    problem = "a folder, not a recipe" if os.path.isdir(where) else "no such recipe"
     if slug in names:
         problem = f"{slug!r} is installed and brings no recipe"
-        return InputError(where, problem, hint="name a .toml file that uses it")
     allowed = "a path to a .toml file, or SLUG:RECIPE of an installed plugin"
-    hint = nearest(where, [*names, *catalog.methods(), *Path().glob("*.toml")])
-    return InputError(where, "no such recipe", allowed=allowed, hint=hint)
+    hint = nearest(where, [*names - {slug}, *catalog.methods(), *Path().glob("*.toml")])
+    raise InputError(where, problem, allowed=allowed, hint=hint)
 
 
 def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
@@ -171,39 +160,34 @@ def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
         raise InputError(str(path), f"not {what}: {cause(error)}") from None
 
 
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return copy.deepcopy(dict(tree))
-    except Exception as error:
-        raise InputError("", f"the recipe cannot be copied: {cause(error)}") from None
+def _origin(place: str, source: Source) -> str:
+    """The override, or the file and the line, that brought what stands at a place."""
+    for text in reversed(source.overrides):
+        if f"{place}.".startswith(f"{text.partition('=')[0].strip()}."):
+            return f"the override {text}"
+    line = _line(source.text, place)
+    return f"{source.path}, line {line}" if line else source.path
 
 
-def _line(text: str, steps: list[str]) -> int | None:
+def _line(text: str, place: str) -> int | None:
     """The line (1-based) where the statement begins that brings the deepest part of a place that there is.
 
-    What a TOML file begins with is a TOML file too, so its beginnings are read until one holds the place.
+    What a TOML file begins with is a TOML file too, so its beginnings are read until one holds it.
     """
-    lines = text.splitlines(keepends=True)
-    deepest = _depth(tomllib.loads(text), steps)
-    starts = [n for n, line in enumerate(lines) if "=" in line or line.lstrip().startswith("[")]
-    first = None
-    for start, end in pairwise([*starts, len(lines)]):
-        first = start if first is None else first
+    lines, start = text.splitlines(keepends=True), 0
+    while place and not _holds(text, place):
+        place = place.rpartition(".")[0]
+    if not place or len(lines) * len(text) > MAX_READ:
+        return None
+    for end in range(1, len(lines) + 1):
         try:
-            tree = tomllib.loads("".join(lines[:end]))
-        except ValueError:  # a statement of several lines, cut
+            if _holds("".join(lines[:end]), place):
+                return start + 1
+            start = end
+        except ValueError:  # the end of the statement is still to come
             continue
-        if deepest and _depth(tree, steps) == deepest:
-            return first + 1
-        first = None
     return None
 
 
-def _depth(tree: Any, steps: list[str]) -> int:
-    """How many of the steps lead somewhere."""
-    for depth, step in enumerate(steps):
-        try:
-            tree = tree[int(step)] if isinstance(tree, list) else tree[step]
-        except (LookupError, TypeError, ValueError):
-            return depth
-    return len(steps)
+def _holds(text: str, place: str) -> bool:
+    return any(f"{leaf}.".startswith(f"{place}.") for leaf, _ in leaves(tomllib.loads(text)))

@@ -87,6 +87,15 @@ class AugmentationTable(Use):
 class StageTable(Use):
     name: Name | None = None
 
+    @property
+    def over(self) -> dict[str, Any]:
+        """The tables that the stage lays over the recipe's."""
+        return {key: value for key, value in super().params.items() if key in STAGE_TABLES}
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {key: value for key, value in super().params.items() if key not in STAGE_TABLES}
+
 
 class DataTable(Table):
     use: Literal["module", "ids"] = "module"
@@ -163,3 +172,6 @@ class Recipe(Table):
     probe: list[Use] = []
     report: ReportTable = ReportTable()
     export: Use | None = None
+
+
+STAGE_TABLES = frozenset(Recipe.model_fields) - {"name", "description", "seed", "stage", "export"}

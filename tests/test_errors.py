@@ -93,6 +93,13 @@ def test_nearest_finds_a_misspelling_and_nothing_where_nothing_is_near() -> None
     assert nearest(50, ["500", "weight"]) == "did you mean '500'?"
 
 
+def test_a_word_that_is_a_part_of_dotted_names_means_any_of_them() -> None:
+    assert nearest("DKD", ["pkd", "classics.dkd"]) == "did you mean 'classics.dkd'?"
+    assert (
+        nearest("act", ["layer1.act", "layer0.act", "act0"]) == "did you mean 'layer0.act' or 'layer1.act'?"
+    )
+
+
 def test_cause_is_one_line_even_for_an_exception_whose_message_fails() -> None:
     class BrokenError(Exception):
         def __str__(self) -> str:

@@ -22,10 +22,14 @@ LIGHT = (
     "source",
     "tables",
     "validation",
+    "signature",
     "recipe",
     "stock",
-    "display",
-    "cli",
+    "cli/__init__",
+    "cli/common",
+    "cli/doing",
+    "cli/looking",
+    "cli/writing",
 )
 MMENGINE = {"engine.py", "engine_hooks.py", "checkpoint.py"}
 PACKAGES = sorted(
@@ -84,16 +88,15 @@ ORDER = [
     "source",
     "tables",
     "validation",
-    "recipe",
     "signature",
-    "resolve",
+    "recipe",
     "kinds",
     "distill",
     "building",
     "stages",
     "engine",
     "api",
-    "cli",
+    "cli/__init__",
 ]
 
 

@@ -31,7 +31,11 @@ BROKEN = {
     "misspelt": ("hooks", HEAD + "@hookimpl\ndef kd_los():\n    return []", "kd_los"),
     "unmarked": ("hooks", HEAD + "def kd_losses():\n    return []", "not marked"),
     "argument": ("hooks", HEAD + "@hookimpl\ndef kd_losses(config):\n    return []", "config"),
-    "rubbish": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    return [42]", "not a Component"),
+    "rubbish": (
+        "declare",
+        HEAD + "@hookimpl\ndef kd_losses():\n    return [42]",
+        "42, given as a loss, is not",
+    ),
     "notiterable": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    return 42", "int"),
     "hookraises": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    1 / 0", "ZeroDivisionError"),
     "stranger": (
@@ -285,7 +289,7 @@ def test_names_that_are_not_there() -> None:
         with pytest.raises(InputError) as caught:
             registry.find("loss", word)
         assert f"did you mean {meant}" in str(caught.value)
-    with pytest.raises(InputError, match="is a teacher, not a loss"):
+    with pytest.raises(InputError, match="is of kind teacher or student, not loss"):
         registry.find("loss", "module")
     with pytest.raises(InputError) as caught:
         registry.find("loss", "swing")  # catalogued, not written yet

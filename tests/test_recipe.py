@@ -41,9 +41,11 @@ args.hidden = [8]
 """
 
 
-def line_of(place: str) -> int:
-    error = recipes.located(InputError(place, "wrong"), recipes.Source({}, "r.toml", TEXT))
-    return int(error.source.removeprefix("r.toml, line "))
+def origin(place: str, text: str = TEXT, overrides: tuple[str, ...] = ()) -> str:
+    """Where an error of this place is said to come from."""
+    with pytest.raises(InputError) as caught, recipes.located(recipes.Source({}, "r.toml", text, overrides)):
+        raise InputError(place, "wrong")
+    return caught.value.source
 
 
 @pytest.mark.parametrize(
@@ -63,16 +65,16 @@ def line_of(place: str) -> int:
     ],
 )
 def test_a_place_is_found_as_the_line_of_its_deepest_part(place: str, line: int) -> None:
-    assert line_of(place) == line
+    assert origin(place) == f"r.toml, line {line}"
 
 
 def test_a_place_that_is_nowhere_has_the_file_alone_and_an_override_is_named() -> None:
-    source = recipes.Source({}, "r.toml", TEXT, ("train.epochs=1", "loss.0.use=x"))
-    assert recipes.located(InputError("seed", "wrong"), source).source == "r.toml"
-    assert recipes.located(InputError("", "empty"), source).source == "r.toml"
-    assert recipes.located(InputError("loss.0.use", "wrong"), source).source == "the override loss.0.use=x"
-    assert recipes.located(InputError("loss.0.use.a", "wrong"), source).source == "the override loss.0.use=x"
-    assert recipes.located(InputError("loss.0", "wrong"), source).source == "r.toml, line 9"
+    overrides = ("train.epochs=1", "loss.0.use=x")
+    assert origin("seed", overrides=overrides) == "r.toml"
+    assert origin("", overrides=overrides) == "r.toml"
+    assert origin("loss.0.use", overrides=overrides) == "the override loss.0.use=x"
+    assert origin("loss.0.use.a", overrides=overrides) == "the override loss.0.use=x"
+    assert origin("loss.0", overrides=overrides) == "r.toml, line 9"
 
 
 MULTILINE = """\
@@ -99,13 +101,12 @@ reads = { student = { a = "x" } }
     [("description", 1), ("grid.1.0", 5), ("loss", 10), ("loss.0.use", 11), ("loss.1.reads.student.b", 15)],
 )
 def test_statements_of_several_lines_are_found_where_they_begin(place: str, line: int) -> None:
-    source = recipes.Source({}, "r.toml", MULTILINE)
-    assert recipes.located(InputError(place, "wrong"), source).source == f"r.toml, line {line}"
+    assert origin(place, MULTILINE) == f"r.toml, line {line}"
 
 
 def test_in_a_very_long_file_no_line_is_looked_up() -> None:
-    source = recipes.Source({}, "r.toml", TEXT + "#" * 20_000)
-    assert recipes.located(InputError("data.source", "wrong"), source).source == "r.toml"
+    assert origin("data.source", TEXT + "#\n" * 100) == "r.toml, line 3"
+    assert origin("data.source", TEXT + "#\n" * 10_000) == "r.toml"
 
 
 def test_leaves_are_values_and_what_is_empty() -> None:
@@ -160,12 +161,12 @@ def test_overrides_that_are_malformed_or_point_nowhere(text: str) -> None:
 
 
 def test_override_errors_say_what_is_there() -> None:
-    with pytest.raises(InputError, match="no number 7") as caught:
+    with pytest.raises(InputError, match="no 7 here") as caught:
         override({"loss": [{}, {}]}, "loss.7.use=kd")
-    assert caught.value.allowed == "0 to 1"
+    assert caught.value.allowed == "0, 1"
     with pytest.raises(InputError) as caught:
         override({"loss": []}, "loss.0.use=kd")
-    assert caught.value.allowed == "none: the array is empty"
+    assert caught.value.allowed == "nothing"
 
 
 def test_a_mapping_that_was_given_is_never_changed(tiny: dict[str, Any]) -> None:
@@ -333,8 +334,8 @@ def test_the_recipes_of_a_plugin_are_its_packages_toml_files(install: Callable[.
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("a" * 5000, "not a usable path"),
-        ("~nobody_of_this_name/r.toml", "not a usable path"),
+        ("a" * 5000, "no such recipe"),
+        ("~nobody_of_this_name/r.toml", "no such recipe"),
         ("swing", "planned"),
         ("swing:digits", "planned"),
         ("pdl", "did you mean 'pld'?"),
@@ -360,6 +361,14 @@ def test_a_plugins_name_wins_over_a_folder_of_that_name(
     assert Path(recipes.read("pld").path).name == "digits.toml"
     with pytest.raises(InputError, match="a folder, not a recipe"):
         recipes.read("plain")
+
+
+def test_of_several_recipes_the_first_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Path(recipes.read("classics").path).name == "at.toml"
+    assert "classics has several recipes (at, crd, dist, dkd" in capsys.readouterr().err
+    recipes.read("classics:dkd")
+    recipes.read("pld")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_recipe_of_a_plugin_in_quarantine(install: Callable[..., Any]) -> None:

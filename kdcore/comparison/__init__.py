@@ -142,11 +142,12 @@ class Work:
         """Every arm's recipe, wholly, before the first is run."""
         with beside(self.source):
             for name, tree in self.trees.items():
-                try:
-                    api.check(tree)
-                except InputError as error:
-                    error.place = error.place if name == self.own else f"arm {name}: {error.place}"
-                    raise recipes.located(error, self.source) from error.__cause__
+                with recipes.located(self.source):
+                    try:
+                        api.check(tree)
+                    except InputError as error:
+                        error.place = error.place if name == self.own else f"arm {name}: {error.place}"
+                        raise
 
     def join(self, settings: Mapping[str, Any]) -> None:
         """Open the folder, or go on in it: arms and seeds may have been added, none changed."""

@@ -75,7 +75,7 @@ def train_teachers(job: Job) -> None:
 def standard_stages(tree: dict[str, Any]) -> list[str]:
     """The folders of the stages that get the trained teachers: one that trains its own, or repeats, does so itself."""
     stages = enumerate(recipes.parse(tree).stage or [STANDARD])
-    standard = ((i, stage) for i, stage in stages if stage.use == "distill" and "teacher" not in stage.params)
+    standard = ((i, stage) for i, stage in stages if stage.use == "distill" and "teacher" not in stage.over)
     return [recipes.stage_name(stage, index) for index, stage in standard]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdcore.comparison.runs import Job, run_arm
 from kdcore.errors import InputError, RunError
-from kdcore.resolve import schema
+from kdcore.recipe import schema
 from kdcore.source import override
 from kdcore.tables import LossTable
 from kdcore.task import higher_is_better

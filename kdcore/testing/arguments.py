@@ -151,9 +151,9 @@ class Search:
         for name, parameter in schema.params.items():
             if parameter.default is not parameter.empty or name in found:
                 continue
-            if schema.nested(name) in ("student", "teacher"):
+            if schema.made(name) in ("student", "teacher"):
                 found[name] = toys.model_table(form)
-            elif name == "model" and schema.is_callable(name):
+            elif name == "model" and schema.made(name) == "callable":
                 found |= {k: v for k, v in toys.model_table(form).items() if k != "use"}
             elif (value := toys.guessed(name)) is not None:
                 found[name] = value

@@ -16,6 +16,7 @@ from typing import Any
 from kdcore import catalog, kinds, plugins, recipe
 from kdcore.errors import InputError
 from kdcore.hookspecs import GROUP, HOOKS
+from kdcore.signature import import_string
 from kdcore.testing.findings import Failed, Skipped, check
 from kdcore.testing.opening import Plugin
 from kdcore.testing.oracle import check_oracle, oracles_of
@@ -128,7 +129,7 @@ def imports(s: Subject) -> None:
     """A target that cannot be imported fails when a recipe first names it. Do: correct the import string, or the
     dependencies in pyproject.toml."""
     try:
-        plugins.load_target(s.component)
+        import_string(s.component.target, "target")
     except InputError as error:
         raise Failed(error.problem) from None
 
@@ -137,7 +138,7 @@ def imports(s: Subject) -> None:
 def kind(s: Subject) -> None:
     """The core calls a component by its kind's methods. Do: derive from the class of kdcore.kinds, or for a loss write
     a plain function of tensors."""
-    target = plugins.load_target(s.component)
+    target = import_string(s.component.target, "target")
     if s.kind in _METHODS:
         method = _METHODS[s.kind]
         if not (
