@@ -1,11 +1,10 @@
-"""Parameters and arguments for a component: its own sample, its plugin's recipes, or the toy world."""
+"""What a component is called with: its own sample, or what its plugin's recipes or toy recipes give it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,172 +12,162 @@ from torch import Tensor
 
 from kdcore import recipe
 from kdcore.building import Builder
-from kdcore.kinds import Loss
+from kdcore.errors import cause
 from kdcore.tables import Recipe
 from kdcore.testing import toys
 from kdcore.testing.findings import Failed
 from kdcore.testing.subjects import Call, Subject
-from kdcore.testing.tensors import copied, mapped
+from kdcore.testing.tensors import NATIVE, copied, mapped
 
 NAMES = {"loss": ("student", "teacher", "batch"), "router": ("batch", "student", "teachers")}
-ALIGNED = {"logits", "mask", "target", "unembed", "topk"}
+_WIDTHS = r"dim|width|feature|channel|embed|hidden"
 Attempt = tuple[str, Callable[[], list[Call]]]
 
 
-def find(subject: Subject) -> None:
+def find(s: Subject) -> None:
     """Give a subject the run, parameters and calls with which it answers; Failed says what was tried."""
-    search = Search(subject)
-    for title, attempt in search.attempts():
+    tried = []
+    for title, attempt in _attempts(s):
         try:
-            subject.calls = attempt()
-        except Exception as error:  # a component may raise anything on what it was not made for
-            search.note(title, error)
-        if subject.calls:
+            s.calls = attempt()
             return
-    raise Failed("; ".join(search.tried) or "nothing to call it with")
+        except Exception as error:  # a component may raise anything on what it was not made for
+            tried.append(f"{title}: {cause(error, 200)}")
+    raise Failed("; ".join(dict.fromkeys(tried)))
 
 
-class Search:
-    """The ways to call one component, the likeliest first; ``tried`` says why others did not fit."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.s, self.tried = subject, []  # type: tuple[Subject, list[str]]
-        own = getattr(subject.target, "conformance_sample", None)
-        self.sample: dict[str, Any] = dict(own() if callable(own) else own or {})
-        self.given: dict[str, Any] = dict(self.sample.pop("params", {}))
-
-    def note(self, title: str, error: Exception) -> None:
-        self.tried.append(f"{title}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200])
-
-    def attempts(self) -> Iterator[Attempt]:
-        if self.sample:
-            yield "conformance_sample", self._own
-        real: list[Attempt] = [(path.name, partial(self._real, path)) for path in self.s.recipes]
-        if self._reads_logits_alone():
-            yield "toy tensors", self._tensors
-            yield from real
-        elif self.s.kind == "loss":
-            yield from real
-            yield "toy models", self._layers
-        else:
-            forms: tuple[toys.Form, ...] = ("image", "flat", "tokens", "colour")
-            toy: list[Attempt] = [(f"toy {form}", partial(self._model, form)) for form in forms]
-            yield from real + toy
-
-    # ---- the attempts -----------------------------------------------------------------------------
-
-    def _own(self) -> list[Call]:
-        self.s.settle(self._toy("image"), self.given)
-        return [self._call(_layout(self.sample), {name: self.sample.get(name) for name in self._names})]
-
-    def _real(self, path: Path) -> list[Call]:
-        """From the first stage of a recipe that names the component and can be built alone."""
+def _attempts(s: Subject) -> Iterator[Attempt]:
+    """The ways to call it, the likeliest first."""
+    own = getattr(s.target, "conformance_sample", {})
+    sample = dict(own() if callable(own) else own)
+    params = sample.pop("params", {})
+    if sample:
+        yield "conformance_sample", partial(_own, s, sample, params)
+    wants = " ".join(s.schema.tensors or getattr(s.target, "reads", ()))
+    named = {name for _, name in re.findall(r"\b(student|teacher)[._](\w+)", wants)}
+    of_logits = s.kind in NAMES and named <= {*NATIVE}
+    if of_logits:
+        yield "toy logits", partial(_logits, s, params)
+    for path in s.plugin.recipes:
         for view in toys.views(recipe.read(path).tree):
-            try:
-                if found := self._within(view):
-                    return found
-            except Exception as error:  # another stage may do
-                self.note(path.name, error)
-        raise LookupError(f"no stage of it calls {self.s.component.name}")
-
-    def _within(self, view: Recipe) -> list[Call]:
-        """With what the core gives the component in a step of this recipe."""
-        names, kind = (self.s.component.name, self.s.name), self.s.kind
-        tables = [(p, t) for p, k, t in recipe.components(view) if k == kind and t.use in names]
-        if not tables:
-            return []
-        home, (place, use) = toys.Home(view, self.s.folder), tables[0]
-        component = home.at(place)
-        args = home.seen(component)
-        self.s.settle(home, use.params)
-        named = dict(zip(self._names, copied(args), strict=False))
-        return [self._call(_layout(named), named)] if named else []
-
-    def _tensors(self) -> list[Call]:
-        """A loss or router that reads logits, on random ones of every layout that it takes."""
-        self.s.settle(self._toy("image"), self._params("image") or {})
-        if self.s.kind == "router":
-            return [self._call("classes", toys.router_args())]
-        kept: dict[str, Call] = {}
-        for layout, args in toys.loss_args(self.s.declared.joint):
-            try:
-                call = self._call(layout, args)
-            except Exception as error:  # not made for this layout
-                self.note(layout, error)
-                continue
-            shapes = {tuple(t.shape) for t in self.s.answer(call).values()}
-            per_token = layout == "tokens" and (self.s.declares_tokens or (toys.B, toys.L) in shapes)
-            if per_token or not kept:
-                kept[layout] = call
-        return list(kept.values())
-
-    def _layers(self) -> list[Call]:
-        """A loss that reads layers, in toy recipes that tap vectors, maps or sequences."""
-        params = self._params("image")
-        if params is None:
-            return []
-        loss: Loss = Builder(0).make("loss", self.s.name, params, self.s.name)
-        for form, tree in toys.loss_trees(loss.wants(), loss.joint, {"use": self.s.name, **params}):
-            try:
-                (call,) = self._within(recipe.parse(tree))
-                args = mapped(call.args, partial(_random, torch.Generator().manual_seed(0)))
-                return [self._call(call.layout, args)]
-            except Exception as error:  # not made for such layers
-                self.note(f"toy {form}", error)
-        return []
-
-    def _model(self, form: toys.Form) -> list[Call]:
-        params = self._params(form)
-        if params is None:
-            return []
-        self.s.settle(self._toy(form), params)
-        return [self._call("batch", {"batch": self.s.home.batch()})]
-
-    # ---- their parts ------------------------------------------------------------------------------
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return NAMES.get(self.s.kind, ("batch",))
-
-    def _reads_logits_alone(self) -> bool:
-        tensors = self.s.schema.tensors or getattr(self.s.target, "reads", ())
-        names = {name[8:] for name in tensors if re.match(r"(student|teacher)[._]", name)}
-        return self.s.kind in NAMES and names <= ALIGNED and self._params("image") is not None
-
-    def _params(self, form: toys.Form) -> dict[str, Any] | None:
-        """The sample's parameters, and guesses of those that are required; None where one has no guess."""
-        found, schema = dict(self.given), self.s.schema
-        for name, parameter in schema.params.items():
-            if parameter.default is not parameter.empty or name in found:
-                continue
-            if schema.made(name) in ("student", "teacher"):
-                found[name] = toys.model_table(form)
-            elif name == "model" and schema.made(name) == "callable":
-                found |= {k: v for k, v in toys.model_table(form).items() if k != "use"}
-            elif (value := toys.guessed(name)) is not None:
-                found[name] = value
-            else:
-                self.tried.append(f"no value for the parameter {name!r}")
-                return None
-        return found
-
-    def _toy(self, form: toys.Form) -> toys.Home:
-        return toys.Home(recipe.parse(toys.tree(form)), self.s.folder)
-
-    def _call(self, layout: str, args: dict[str, Any]) -> Call:
-        """These arguments, if the component answers to them."""
-        call = Call(layout, args)
-        self.s.answer(call)
-        return call
+            yield path.name, partial(_within, s, view)
+    forms = () if of_logits else _forms(wants) if s.kind == "loss" else ("image", "flat", "tokens", "colour")
+    for form in forms:
+        yield f"toy {form}", partial(_layers if s.kind == "loss" else _plain, s, form, params)
 
 
-def _layout(args: Mapping[str, Any]) -> str:
-    logits = getattr(args.get("student"), "logits", None)
-    return "other" if logits is None else {2: "classes", 3: "tokens", 4: "dense"}.get(logits.dim(), "other")
+def _forms(wants: str) -> tuple[toys.Form, ...]:
+    """Vectors, maps or sequences: what layers of these names are likeliest to give comes first."""
+    if re.search(r"hidden|token|sequence|patch|state", wants):
+        return "tokens", "image", "flat"
+    maps = re.search(r"feat|map|conv|layer|stage|block|attn|attention", wants)
+    return ("image", "flat", "tokens") if maps else ("flat", "image", "tokens")
 
 
-def _random(generator: torch.Generator, path: str, tensor: Tensor) -> Tensor:
+# ---- the attempts: each settles the subject, and raises where it does not answer ----------------------
+
+
+def _own(s: Subject, sample: Mapping[str, Any], params: Mapping[str, Any]) -> list[Call]:
+    s.settle(_toy(s, "image"), params)
+    return [_answered(s, {name: sample.get(name) for name in NAMES.get(s.kind, ("batch",))})]
+
+
+def _within(s: Subject, view: Recipe) -> list[Call]:
+    """With what the core gives it in a step of a recipe that names it."""
+    names, found = (s.component.name, s.name), recipe.components(view)
+    place, params = next(((p, t.params) for p, k, t in found if k == s.kind and t.use in names), ("", {}))
+    if not place:
+        raise LookupError(f"no stage of it names {s.component.name}")
+    home = toys.Home(view, s.folder)
+    if not (args := home.seen(home.at(place))):
+        raise LookupError(f"no stage of it calls {s.component.name}")
+    s.settle(home, params)
+    return [_answered(s, dict(zip(NAMES.get(s.kind, ("batch",)), copied(args), strict=False)))]
+
+
+def _logits(s: Subject, given: Mapping[str, Any]) -> list[Call]:
+    """A loss or router that reads logits, on random ones of every layout that it takes."""
+    calls: list[Call] = []
+    problems = []
+    for form in ("image", "tokens", "dense") if s.kind == "loss" else ("image",):
+        if calls and form == "dense":
+            break
+        try:
+            home = _toy(s, form)
+            if not calls:
+                s.settle(home, _params(s, form, given))
+            call = _answered(s, _random(home.plain(s.kind, s.kind == "loss" and s.declared.joint)))
+        except Exception as error:  # not made for this layout
+            problems.append(error)
+            continue
+        shapes = {tuple(term.shape) for term in s.answer(call).values()}
+        if not calls or s.declares_tokens or (toys.B, toys.L) in shapes:
+            calls.append(call)
+    if not calls:
+        raise problems[0]
+    return calls
+
+
+def _layers(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> list[Call]:
+    """A loss that reads layers, in a toy recipe with taps."""
+    params = _params(s, form, given)
+    loss = Builder(0).make("loss", s.name, params, s.name)
+    tree = toys.with_loss(form, {"use": s.name, **params}, loss.wants(), loss.joint)
+    (call,) = _within(s, recipe.parse(tree))
+    return [_answered(s, _random(call.args))]
+
+
+def _plain(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> list[Call]:
+    s.settle(_toy(s, form), _params(s, form, given))
+    return [_answered(s, s.home.plain(s.kind, False))]
+
+
+# ---- their parts --------------------------------------------------------------------------------------
+
+
+def _toy(s: Subject, form: toys.Form) -> toys.Home:
+    return toys.Home(recipe.parse(toys.tree(form)), s.folder)
+
+
+def _answered(s: Subject, args: dict[str, Any]) -> Call:
+    call = Call(args)
+    s.answer(call)
+    return call
+
+
+def _random(args: Any) -> dict[str, Any]:
     """Random numbers for what models say: untrained ones say nearly the same of every sample."""
-    if path.startswith("batch") or not tensor.is_floating_point():
-        return tensor
-    return 2 * torch.randn(tensor.shape, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+
+    def change(path: str, tensor: Tensor) -> Tensor:
+        kept = path.startswith("batch") or not tensor.is_floating_point()
+        return tensor if kept else 2 * torch.randn(tensor.shape, generator=generator)
+
+    found: dict[str, Any] = mapped(args, change)
+    return found
+
+
+def _params(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The toy's parameters where none are given: of what is required, and of every count of classes or teachers."""
+    found = dict(given)
+    for name, parameter in s.schema.params.items():
+        required, table = parameter.default is parameter.empty, toys.model_table(form)
+        size = _counted(s, name, form) or (toys.D if required and re.search(_WIDTHS, name) else None)
+        if name in found or not (required or (size and type(parameter.default) is int)):
+            continue
+        if s.schema.made(name) in ("student", "teacher"):
+            found[name] = table
+        elif name == "model" and s.schema.made(name) == "callable":
+            found |= {"model": table["model"], "args": table["args"]}
+        elif size is None:
+            raise LookupError(f"no value for the parameter {name!r}")
+        else:
+            found[name] = size
+    return found
+
+
+def _counted(s: Subject, name: str, form: toys.Form) -> int | None:
+    """How many classes, or of a router teachers, the toy has, where a parameter's name asks for that."""
+    if re.search(r"(^|_)class(es)?$|vocab", name):
+        return toys.V if form == "tokens" else toys.C
+    return len(toys.TEACHERS) if s.kind == "router" and re.search(r"teachers|experts|^count$", name) else None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.testing.findings import BASICS, Failed, Skipped, check
-from kdcore.testing.subjects import Subject
+from kdcore.testing.findings import BASICS, check, fail_if, skip_if
+from kdcore.testing.subjects import Call, Subject
 from kdcore.testing.tensors import copied, differing, leaves
 from kdcore.types import Batch
 
@@ -16,40 +16,35 @@ LABELS = ("id", "target", "targets", "label", "labels", "y", "mask")
 
 
 @check("augmentation")
-def batch_kept(s: Subject) -> None:
+def batch_kept(s: Subject, call: Call) -> None:
     """Models and losses read the batch by key. Do: return a Batch with every key, each with its shape and type."""
-    batch, new = _augmented(s)
-    if not isinstance(new, Batch):
-        raise Failed(f"returned {type(new).__name__}")
-    old, found = leaves(batch), leaves(new)
+    new = _augmented(s, call)
+    fail_if(not isinstance(new, Batch), f"returned {type(new).__name__}")
+    was, now = (
+        {p: (tuple(t.shape), t.dtype) for p, t in leaves(b).items()} for b in (call.args["batch"], new)
+    )
+    gone = [path for path in was if path not in now]
+    fail_if(gone, f"{', '.join(gone)} is gone")
     free = ("target",) if s.fresh().changes_labels else ()
-    for name, value in old.items():
-        if name not in found:
-            raise Failed(f"{name!r} is gone")
-        got = found[name]
-        if name.rpartition("/")[2] not in free and (got.shape != value.shape or got.dtype != value.dtype):
-            raise Failed(
-                f"{name!r} was {tuple(value.shape)} {value.dtype}, and is {tuple(got.shape)} {got.dtype}"
-            )
+    wrong = [path for path in was if now[path] != was[path] and path.rpartition("/")[2] not in free]
+    fail_if(wrong, "; ".join(f"{path!r} was {was[path]}, and is {now[path]}" for path in wrong))
 
 
 @check("augmentation", after=(*BASICS, "batch_kept"))
-def labels_kept(s: Subject) -> None:
+def labels_kept(s: Subject, call: Call) -> None:
     """Labels or ids that change unsaid spoil metrics, caches and the task loss. Do: leave target and id alone, or
     declare changes_labels = True."""
-    if s.fresh().changes_labels:
-        raise Skipped("declares changes_labels")
-    if names := [p for p in _changed(s) if p.rpartition("/")[2] in LABELS]:
-        raise Failed(f"it changed {', '.join(names)}")
+    skip_if(s.fresh().changes_labels, "declares changes_labels")
+    names = [path for path in _changed(s, call) if path.rpartition("/")[2] in LABELS]
+    fail_if(names, f"it changed {', '.join(names)}")
 
 
 @check("augmentation", after=(*BASICS, "batch_kept"))
-def inputs_as_declared(s: Subject) -> None:
+def inputs_as_declared(s: Subject, call: Call) -> None:
     """A cached teacher answers for inputs as they were. Do: declare changes_inputs = True."""
-    if s.fresh().changes_inputs:
-        raise Skipped("declares changes_inputs")
-    if names := _changed(s):
-        raise Failed(f"declares changes_inputs = False, and changed {', '.join(names)}")
+    skip_if(s.fresh().changes_inputs, "declares changes_inputs")
+    names = _changed(s, call)
+    fail_if(names, f"declares changes_inputs = False, and changed {', '.join(names)}")
 
 
 @check("augmentation")
@@ -62,24 +57,22 @@ def draw(s: Subject) -> None:
     if found[0] is None:
         return
     for each in found:
-        if not isinstance(each, Tensor) or each.dtype != torch.int64 or each.dim() != 1 or not len(each):
-            raise Failed(f"draw gave {getattr(each, 'dtype', type(each).__name__)}, not int64 indices")
-        if int(each.min()) < 0 or int(each.max()) >= size:
-            raise Failed(f"indices from {int(each.min())} to {int(each.max())} of {size} samples")
-    if not torch.equal(found[0], found[1]):
-        raise Failed("two calls for one epoch differ")
+        indices = isinstance(each, Tensor) and each.dtype == torch.int64 and each.dim() == 1 and len(each)
+        fail_if(not indices, f"draw gave {getattr(each, 'dtype', type(each).__name__)}, not int64 indices")
+        low, high = int(each.min()), int(each.max())
+        fail_if(low < 0 or high >= size, f"indices from {low} to {high} of {size} samples")
+    fail_if(not torch.equal(found[0], found[1]), "two calls for one epoch differ")
 
 
-def _augmented(s: Subject) -> tuple[Batch, Any]:
-    batch = s.calls[0].args["batch"]
-    return batch, s.fresh().eval()(copied(batch))
+def _augmented(s: Subject, call: Call) -> Any:
+    return s.fresh().eval()(copied(call.args["batch"]))
 
 
-def _changed(s: Subject) -> list[str]:
+def _changed(s: Subject, call: Call) -> list[str]:
     """The keys that differ after it in any of some steps: what is drawn may spare a small batch once."""
     found: dict[str, None] = {}
+    old = call.args["batch"]
     for s.home.run.step in range(8):
-        batch, new = _augmented(s)
-        found |= dict.fromkeys(p for p in differing(batch, new, rel=0) if p in leaves(batch))
+        found |= dict.fromkeys(p for p in differing(old, _augmented(s, call), rel=0) if p in leaves(old))
     s.home.run.step = 0
     return list(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,10 +14,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, cause, nearest
 
-BASICS = ("runs", "term_shape", "weights_shape", "outputs", "frozen_eval", "determinism", "hidden_state")
-"""Checks whose failure makes the rest of a component's checks meaningless."""
+DECLARED = ("imports", "kind", "schema", "events")
+BASICS = (
+    *DECLARED,
+    "runs",
+    "term_shape",
+    "weights_shape",
+    "outputs",
+    "frozen_eval",
+    "determinism",
+    "hidden_state",
+)
+"""Checks whose failure makes the rest of a component's checks meaningless, in their order."""
 
 
 class Failed(AssertionError):  # noqa: N818 - a verdict
@@ -25,6 +36,16 @@ class Failed(AssertionError):  # noqa: N818 - a verdict
 
 class Skipped(Exception):  # noqa: N818 - a verdict
     """Raised by a check that does not apply, or that cannot be decided: why."""
+
+
+def fail_if(wrong: object, how: str) -> None:
+    if wrong:
+        raise Failed(how)
+
+
+def skip_if(idle: object, why: str) -> None:
+    if idle:
+        raise Skipped(why)
 
 
 @dataclass(frozen=True)
@@ -45,57 +66,49 @@ class Finding:
         text = f"{self.verdict:<8}{self.component:<24} {self.check}"
         text += f": {self.why}" if self.why else ""
         text += f". Do: {self.what_to_do}" if self.failed and self.what_to_do else ""
-        return " ".join(text.split("\n")) if "\n" in text else text
+        return text.replace("\n", " ")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule of the contract. ``after``: checks that must not have failed for this one to mean anything."""
+    """One rule of the contract. ``after``: checks that must not have failed for this one to mean anything.
+
+    A rule of two arguments is asked about each of the subject's calls.
+    """
 
     name: str
     kinds: tuple[str, ...]
-    rule: Callable[[Any], None]
+    rule: Callable[..., None]
     after: tuple[str, ...]
+    why: str
+    what_to_do: str
 
-    @property
-    def why(self) -> str:
-        return self._doc[0]
-
-    @property
-    def what_to_do(self) -> str:
-        return self._doc[1]
-
-    @property
-    def _doc(self) -> tuple[str, str]:
-        why, _, todo = " ".join((inspect.getdoc(self.rule) or "").split()).partition(" Do: ")
-        return why, todo.rstrip(".")
-
-    def __call__(self, subject: Any, name: str) -> Finding:
+    def __call__(self, subject: Any, title: str) -> Finding:
         """The finding; an error that the rule did not foresee is a failure too."""
+        each_call = len(inspect.signature(self.rule).parameters) == 2
         try:
             with preserved(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a component warns of is not the contract's
-                self.rule(subject)
+                for arguments in [(subject, call) for call in subject.calls] if each_call else [(subject,)]:
+                    self.rule(*arguments)
         except Skipped as reason:
-            return Finding(self.name, name, "skipped", str(reason))
-        except Failed as fault:
-            return Finding(self.name, name, "failed", str(fault), self.what_to_do)
+            return Finding(self.name, title, "skipped", str(reason))
         except Exception as error:  # a component may raise anything
-            why = f"{type(error).__name__}: {error}"
-            return Finding(self.name, name, "failed", why[:600], self.what_to_do)
-        return Finding(self.name, name, "passed")
+            why = str(error) if isinstance(error, Failed) else cause(error, 600)
+            return Finding(self.name, title, "failed", why.removeprefix("InputError: "), self.what_to_do)
+        return Finding(self.name, title, "passed")
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(
-    *kinds: str, after: Sequence[str] = BASICS
-) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def check(*kinds: str, after: Sequence[str] = BASICS) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a rule for kinds (or ``plugin``). Its docstring says why it exists, then ``Do:`` what to do."""
 
-    def register(rule: Callable[[Any], None]) -> Callable[[Any], None]:
-        CHECKS[rule.__name__] = Check(rule.__name__, kinds, rule, tuple(after))
+    def register(rule: Callable[..., None]) -> Callable[..., None]:
+        why, _, todo = " ".join((rule.__doc__ or "").split()).partition(" Do: ")
+        name = rule.__name__
+        CHECKS[name] = Check(name, kinds, rule, tuple(after), why, todo.rstrip("."))
         return rule
 
     return register
@@ -107,16 +120,18 @@ def checks_of(kind: str) -> list[Check]:
     return sorted(found, key=lambda each: BASICS.index(each.name) if each.name in BASICS else len(BASICS))
 
 
-def examine(kind: str, subject: Any, name: str, without: Collection[str] = ()) -> list[Finding]:
+def examine(kind: str, subject: Any, title: str, without: Collection[str] = ()) -> list[Finding]:
     """Every check of a kind but some, in order; what rests on a failed one is skipped and says so."""
-    found: dict[str, Finding] = {}
+    found, broken = [], {}  # type: list[Finding], dict[str, str]
     for each in [c for c in checks_of(kind) if c.name not in without]:
-        broken = next((n for n in each.after if n != each.name and n in found and found[n].failed), None)
-        if broken is None:
-            found[each.name] = each(subject, name)
+        culprit = next((broken[name] for name in each.after if name in broken), None)
+        if culprit:
+            found.append(Finding(each.name, title, "skipped", f"{culprit} failed: mend that first"))
         else:
-            found[each.name] = Finding(each.name, name, "skipped", f"{broken} failed: mend that first")
-    return list(found.values())
+            found.append(each(subject, title))
+        if culprit or found[-1].failed:
+            broken[each.name] = culprit or each.name
+    return found
 
 
 def excused(findings: Sequence[Finding], expected: Mapping[str, str], place: str) -> list[Finding]:
@@ -124,33 +139,31 @@ def excused(findings: Sequence[Finding], expected: Mapping[str, str], place: str
     out = list(findings)
     for name, reason in expected.items():
         if name not in CHECKS or not reason.strip():
-            hint = nearest(name, CHECKS)
-            raise InputError(
-                f"{place}: expected_failures", "a known check and a reason are needed", given=name, hint=hint
-            )
+            problem, hint = "a known check and a reason are needed", nearest(name, CHECKS)
+            raise InputError(f"{place}: expected_failures", problem, given=name, hint=hint)
         places = [i for i, each in enumerate(out) if each.check == name]
         failed = [i for i in places if out[i].failed]
         for i in failed:
             out[i] = replace(out[i], verdict="skipped", why=f"expected: {reason} ({out[i].why})")
         if places and not failed:
-            why = f"expected to fail ({reason}), and did not"
-            out[places[0]] = replace(
-                out[places[0]], verdict="failed", why=why, what_to_do="take the exception out"
-            )
+            why, todo = f"expected to fail ({reason}), and did not", "take the exception out"
+            out[places[0]] = replace(out[places[0]], verdict="failed", why=why, what_to_do=todo)
     return out
 
 
 @contextmanager
-def preserved(seed: int = 0) -> Iterator[None]:
-    """Global random states of torch, numpy and Python: seeded inside, put back after."""
-    before = random.getstate(), np.random.get_state()
+def preserved() -> Iterator[None]:
+    """Global random generators are seeded inside and put back after; tensors this small want one thread."""
+    python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
-        reseed(seed)
+        reseed(0)
         try:
             yield
         finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_num_threads(threads)
 
 
 def reseed(seed: int) -> None:
@@ -159,7 +172,6 @@ def reseed(seed: int) -> None:
     random.seed(seed)
 
 
-def random_state() -> tuple[Any, ...]:
+def random_state() -> bytes:
     """The global generators' states, to compare."""
-    numpy: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2], random.getstate()
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))

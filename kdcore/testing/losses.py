@@ -2,171 +2,129 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import suppress
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from kdcore.testing.contract import rows_of, student_gradients
-from kdcore.testing.conventions import at_teacher, floats, has_logits, scaled_logits
-from kdcore.testing.findings import BASICS, Failed, Skipped, check
-from kdcore.testing.subjects import Subject
-from kdcore.testing.tensors import finite, living, mapped, same, taken
+from kdcore.testing.contract import rows_of
+from kdcore.testing.conventions import at_teacher, has_logits, scaled
+from kdcore.testing.findings import BASICS, DECLARED, check, fail_if, skip_if
+from kdcore.testing.subjects import Call, Subject
+from kdcore.testing.tensors import finite, gradients, leaves, noise_where, same
+
+COMPARABLE = (*BASICS, "batch_order", "sample_independence")
 
 
-@check("loss", after=("runs",))
-def term_shape(s: Subject) -> None:
+@check("loss", after=(*DECLARED, "runs"))
+def term_shape(s: Subject, call: Call) -> None:
     """The core reduces terms by their shape: [B], [B,L] or a scalar. Do: sum over classes, keep one value a sample
     (a position, for tokens), or return a mean over the batch."""
-    for call in s.calls:
-        logits = getattr(call.args["student"], "logits", None)
-        if not (terms := s.answer(call)):
-            raise Failed("it gives no term")
-        for name, term in terms.items():
-            shape, size = tuple(term.shape), call.size
-            allowed = {(), (size,), *({} if logits is None else {_positions(logits)})}
-            features = [t for p, t in floats(call.args).items() if t.dim() == 3]
-            allowed |= {tuple(t.shape[:2]) for t in features if call.layout != "classes"}
-            if size and shape not in allowed:
-                raise Failed(
-                    f"{name + ': ' if name else ''}a term {shape} for {size} samples, logits {_shape(logits)}"
-                )
-            if not term.is_floating_point():
-                raise Failed(f"a term of {term.dtype}")
+    terms, logits = s.answer(call), call.logits
+    fail_if(not terms, "it gives no term")
+    allowed: set[tuple[int, ...]] = {(), (call.size,)}
+    if logits is not None:
+        allowed.add(tuple(logits.select(call.class_axis, 0).shape))
+    if logits is None or logits.dim() != 2:  # sequences
+        said = leaves({k: v for k, v in call.args.items() if k != "batch"}).values()
+        allowed |= {tuple(t.shape[:2]) for t in said if t.dim() == 3}
+    given = f"for {call.size} samples, logits {'none' if logits is None else tuple(logits.shape)}"
+    for name, term in terms.items():
+        shape = tuple(term.shape)
+        fail_if(call.size and shape not in allowed, f"{name}: a term {shape} {given}".lstrip(": "))
+        fail_if(not term.is_floating_point(), f"a term of {term.dtype}")
 
 
 @check("loss")
-def teacher_gradient(s: Subject) -> None:
+def teacher_gradient(s: Subject, call: Call) -> None:
     """A teacher that takes gradient is trained by its own student. Do: detach the teacher's tensors."""
-    if s.declared.grad_through:
-        raise Skipped("declares grad_through")
-    for call in s.calls:
-        live, roots = living(call.args, "teacher")
-        total = s.total(live)
-        found = (
-            torch.autograd.grad(total, list(roots.values()), allow_unused=True)
-            if total.requires_grad and roots
-            else ()
-        )
-        if bad := [path for path, g in zip(roots, found, strict=False) if g is not None and bool(g.any())]:
-            raise Failed(f"gradient reaches {', '.join(bad)}")
+    skip_if(s.declared.grad_through, "declares grad_through")
+    bad = [path for path, grad in s.gradients(call, side="teacher").items() if bool(grad.any())]
+    fail_if(bad, f"gradient reaches {', '.join(bad)}")
 
 
 @check("loss", after=(*BASICS, "ownership"))
-def student_gradient(s: Subject) -> None:
+def student_gradient(s: Subject, call: Call) -> None:
     """A loss without gradient at the student's outputs, or at its own parameters, trains nothing. Do: look for detach,
     argmax or no_grad on the student's side, and for parameters that nothing uses."""
-    for call in s.calls:
-        loss = s.fresh()
-        grads = student_gradients(s, call.args, loss)
-        if not any(bool(g.any()) for g in grads.values()):
-            raise Failed(f"no gradient at {', '.join(grads)}")
-        own = {n: p for n, p in loss.named_parameters() if p.requires_grad and loss.own_optimizer is None}
-        total = s.total(call.args, loss)
-        reached = (
-            torch.autograd.grad(total, list(own.values()), allow_unused=True) if total.requires_grad else ()
-        )
-        if unused := [n for n, g in itertools.zip_longest(own, reached) if g is None]:
-            raise Failed(f"no gradient at its parameters {', '.join(unused[:3])}")
-        if not finite(grads):
-            raise Failed("the gradient is not finite")
+    loss = s.fresh()
+    grads = s.gradients(call, loss)
+    fail_if(not any(bool(g.any()) for g in grads.values()), f"no gradient at {', '.join(grads)}")
+    fail_if(not finite(grads), "the gradient is not finite")
+    own = {n: p for n, p in loss.named_parameters() if p.requires_grad and loss.own_optimizer is None}
+    unused = [name for name, grad in gradients(s.total(call, loss), own).items() if grad is None]
+    fail_if(unused, f"no gradient at its parameters {', '.join(unused[:3])}")
 
 
-@check("loss", after=(*BASICS, "batch_order", "sample_independence"))
+@check("loss", after=COMPARABLE)
 def mask(s: Subject) -> None:
     """Padding that counts makes a sample's loss depend on its neighbours' lengths. Do: return [B,L] and leave the mean
     to the core, or leave out positions where `mask` is false."""
-    calls = [c for c in s.calls if c.mask is not None and not bool(c.mask.all())]
-    if not calls:
-        raise Skipped("takes no masked positions, as far as its code and recipes say")
-    for call in calls:
-        assert call.mask is not None
-        hidden = ~call.mask.bool()
-        other = mapped(call.args, partial(_noise_where, hidden))
-        if not same(s.total(call.args), s.total(other)):
-            raise Failed("values at masked positions change the loss")
+    masks = [(call, given.bool()) for call in s.calls if (given := call.aligned("mask")) is not None]
+    ragged = [(call, ~given) for call, given in masks if not bool(given.all())]
+    skip_if(not ragged, "takes no masked positions, as far as its code and recipes say")
+    for call, hidden in ragged:
+        total = s.total(call)
+        other = s.total(call.but(noise_where(hidden)))
+        fail_if(not same(total, other), "values at masked positions change the loss")
         with suppress(RuntimeError, ValueError, IndexError):  # it may be made for one length
-            if not same(s.total(call.args), s.total(mapped(call.args, partial(_padded, hidden)))):
-                raise Failed("two more masked positions change the loss")
-        grads = student_gradients(s, call.args)
-        if any(bool(g[hidden].any()) for g in grads.values() if g.shape[:2] == hidden.shape):
-            raise Failed("masked positions take gradient")
+            fail_if(
+                not same(total, s.total(_padded(call, hidden))), "two more masked positions change the loss"
+            )
+        grads = [g for g in s.gradients(call).values() if g.shape[:2] == hidden.shape]
+        fail_if(any(bool(g[hidden].any()) for g in grads), "masked positions take gradient")
 
 
-@check("loss", after=(*BASICS, "batch_order", "sample_independence"))
-def batch_mean(s: Subject) -> None:
+def _padded(call: Call, hidden: Tensor) -> Call:
+    """With two more positions that nothing counts."""
+
+    def longer(path: str, tensor: Tensor) -> Tensor:
+        if tensor.shape[:2] != hidden.shape:
+            return tensor
+        fills = {"mask": False, "target": -100}
+        name, more = path.rpartition("/")[2], tensor[:, :2].flip(1)
+        return torch.cat([tensor, torch.full_like(more, fills[name]) if name in fills else more], 1)
+
+    return call.but(longer)
+
+
+@check("loss", after=COMPARABLE)
+def batch_mean(s: Subject, call: Call) -> None:
     """A loss is a mean over samples, or the learning rate means something else at every batch size. Do: return [B],
     undivided, or a scalar mean."""
-    if s.declared.couples_batch:
-        raise Skipped("declares couples_batch")
-    for call in s.calls:
-        rows_of(s, call)
-        twice = torch.arange(call.size).repeat(2)
-        first, second = s.answer(call), s.answer(taken(call.args, twice, call.size))
-        for name, value in first.items():
-            if not same(value[twice] if value.dim() else value, second[name]):
-                raise Failed(
-                    "the same samples twice give another value: it is divided by the batch, or summed over it"
-                )
+    skip_if(s.declared.couples_batch, "declares couples_batch")
+    twice = torch.arange(rows_of(s, call)).repeat(2)
+    second = s.answer(call.rows(twice))
+    equal = [same(v[twice] if v.dim() else v, second[name]) for name, v in s.answer(call).items()]
+    fail_if(
+        not all(equal), "the same samples twice give another value: divided by the batch, or summed over it"
+    )
 
 
-@check("loss", after=(*BASICS, "batch_order", "sample_independence"))
-def extremes(s: Subject) -> None:
+@check("loss", after=COMPARABLE)
+def extremes(s: Subject, call: Call) -> None:
     """Confident models have logits far apart, and a student may equal its teacher: one infinite value ends a run. Do:
     use log_softmax rather than log of softmax, and no square root or norm of 0."""
-    for call in s.calls:
-        cases = {"at student = teacher": at_teacher(s, call.args)}
-        if has_logits(call.args):
-            cases["with logits of ±10000"] = scaled_logits(call.args, 5e3)
-            cases["with equal logits"] = scaled_logits(call.args, 0.0)
-        if call.size and not s.declared.couples_batch:
-            cases["with one sample"] = taken(call.args, torch.zeros(1, dtype=torch.int64), call.size)
-        for title, args in cases.items():
-            if args is not None and not (finite(s.answer(args)) and finite(student_gradients(s, args))):
-                raise Failed(f"{title} the value or its gradient is not finite")
+    cases = {"at student = teacher": at_teacher(s, call)}
+    if has_logits(call):
+        cases |= {"with logits of ±10000": scaled(call, 5e3), "with equal logits": scaled(call, 0.0)}
+    if call.size and not s.declared.couples_batch:
+        cases["with one sample"] = call.rows(torch.zeros(1, dtype=torch.int64))
+    for title, each in cases.items():
+        fine = each is None or (finite(s.answer(each)) and finite(s.gradients(each)))
+        fail_if(not fine, f"{title} the value or its gradient is not finite")
 
 
 @check("loss")
-def amp(s: Subject) -> None:
+def amp(s: Subject, call: Call) -> None:
     """Under bf16 autocast models give bfloat16. Do: compute softmax, norms and sums in float32, and build new tensors in
     their inputs' dtype."""
-    for call in s.calls:
-        low = mapped(call.args, _half)
-        full = mapped(low, lambda p, t: t.float() if t.dtype == torch.bfloat16 else t)
-        one, two = s.total(full), s.total(low, amp=True)
-        if not torch.isfinite(two) or abs(two - one) > 0.1 * abs(one) + 0.05:
-            raise Failed(f"{two.item():.4g} under bf16 autocast, {one.item():.4g} in float32")
 
+    def halved(path: str, tensor: Tensor) -> Tensor:
+        return tensor if path.startswith("batch") or tensor.dtype != torch.float32 else tensor.bfloat16()
 
-def _noise_where(hidden: Tensor, path: str, tensor: Tensor) -> Tensor:
-    if tensor.shape[:2] != hidden.shape or not tensor.is_floating_point():
-        return tensor
-    end = -30 if path.startswith("teacher") else 30
-    noise = torch.linspace(-end, end, tensor.numel()).view_as(tensor)
-    return torch.where(hidden.view(*hidden.shape, *[1] * (tensor.dim() - 2)), noise, tensor)
-
-
-def _padded(hidden: Tensor, path: str, tensor: Tensor) -> Tensor:
-    """Two more positions that nothing counts."""
-    if tensor.shape[:2] != hidden.shape:
-        return tensor
-    if path.endswith("/mask"):
-        return torch.cat([tensor, torch.zeros_like(tensor[:, :2])], 1)
-    more = torch.full_like(tensor[:, :2], -100) if path.endswith("/target") else tensor[:, :2].flip(1)
-    return torch.cat([tensor, more], 1)
-
-
-def _half(path: str, tensor: Tensor) -> Tensor:
-    model = path.startswith(("student", "teacher")) and tensor.dtype == torch.float32
-    return tensor.bfloat16() if model else tensor
-
-
-def _positions(logits: Tensor) -> tuple[int, ...]:
-    shape = tuple(logits.shape)
-    return (shape[0], *shape[2:]) if len(shape) == 4 else shape[:-1]
-
-
-def _shape(logits: Tensor | None) -> str:
-    return "none" if logits is None else str(tuple(logits.shape))
+    low = call.but(halved)
+    full = low.but(lambda _, t: t.float() if t.dtype == torch.bfloat16 else t)
+    one, two = s.total(full), s.total(low, amp=True)
+    wrong = not torch.isfinite(two) or abs(two - one) > 0.1 * abs(one) + 0.05
+    fail_if(wrong, f"{two.item():.4g} under bf16 autocast, {one.item():.4g} in float32")

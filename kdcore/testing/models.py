@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,124 +13,102 @@ from torch import Tensor, nn
 from kdcore.building import Builder
 from kdcore.kinds import ExportRequest, frozen
 from kdcore.plugins import registry
-from kdcore.testing.findings import BASICS, Failed, Skipped, check
-from kdcore.testing.subjects import Subject
+from kdcore.testing.findings import BASICS, DECLARED, Skipped, check, fail_if, skip_if
+from kdcore.testing.subjects import Call, Subject
 from kdcore.testing.tensors import copied, differing, finite, leaves
 from kdcore.types import Batch, Outputs
 
 INFERENCE = (*BASICS, "has_inputs")
 
 
-@check("student", "teacher", after=("runs",))
-def outputs(s: Subject) -> None:
+@check("student", "teacher", after=(*DECLARED, "runs"))
+def outputs(s: Subject, call: Call) -> None:
     """Losses and taps read Outputs, whose tensors have a row a sample. Do: return kdcore.Outputs(logits, ...)."""
-    call, model = s.calls[0], s.fresh().eval()
     with torch.no_grad():
-        said = model(copied(call.args["batch"]))
-    if not isinstance(said, Outputs):
-        raise Failed(f"forward gives {type(said).__name__}")
-    if bad := [
-        n
-        for n, t in said.named()
-        if isinstance(t, Tensor) and call.size and (not t.dim() or len(t) != call.size)
-    ]:
-        raise Failed(f"{bad[0]} is {tuple(said[bad[0]].shape)} for {call.size} samples")
+        said = s.fresh().eval()(copied(call.args["batch"]))
+    fail_if(not isinstance(said, Outputs), f"forward gives {type(said).__name__}")
+    shapes = {name: tuple(t.shape) for name, t in said.named() if isinstance(t, Tensor)}
+    bad = [f"{name} is {shape}" for name, shape in shapes.items() if call.size and shape[:1] != (call.size,)]
+    fail_if(bad, f"{', '.join(bad)} for {call.size} samples")
 
 
 # ---- students -----------------------------------------------------------------------------------------
 
 
 @check("student")
-def has_inputs(s: Subject) -> None:
+def has_inputs(s: Subject, call: Call) -> None:
     """The export asks the student which of a batch's values its graph takes. Do: write inputs(batch) -> dict of
     tensors."""
-    student, batch = s.fresh().eval(), copied(s.calls[0].args["batch"])
-    try:
-        found = student.inputs(batch)
-    except Exception as error:  # whatever it is, the export would meet it
-        raise Failed(f"{type(error).__name__}: {error}") from None
-    if not found or not all(isinstance(v, Tensor) and len(v) == len(batch) for v in found.values()):
-        raise Failed(
-            f"inputs(batch) gave {type(found).__name__} without one tensor a name, first axis the batch"
-        )
+    batch = copied(call.args["batch"])
+    found = s.fresh().eval().inputs(batch)
+    fine = found and all(isinstance(v, Tensor) and len(v) == len(batch) for v in found.values())
+    fail_if(not fine, "inputs(batch) gives no dict with one tensor a name, first axis the batch")
 
 
 @check("student", after=INFERENCE)
-def deploy(s: Subject) -> None:
+def deploy(s: Subject, call: Call) -> None:
     """What is shipped must answer as what was judged: forward, then infer. Do: build deploy() from the same modules
     and rule, or leave it to kdcore's."""
-    student, batch, module = _shipped(s)
+    student, batch, module = _shipped(s, call)
     for part in (batch, batch.rows(torch.arange(1))):
         wanted = _inferred(student, part)
         with torch.no_grad():
-            got = module(*(v.clone() for v in student.inputs(part).values()))
-        if not isinstance(got, dict) or got.keys() != wanted.keys():
-            named = sorted(got) if isinstance(got, dict) else type(got).__name__
-            raise Failed(f"deploy() gives {named}, graph() {sorted(wanted)}")
-        if names := differing(got, wanted):
-            raise Failed(
-                f"deploy() and forward-then-infer differ in {', '.join(names)}, batch of {len(part)}"
-            )
-    if differing(wanted, _inferred(_stirred(s), part)):
-        raise Failed("deploy() changed the student")
+            got = module(*(value.clone() for value in student.inputs(part).values()))
+        names = list(got) if isinstance(got, dict) else type(got).__name__
+        fail_if(set(names) != set(wanted), f"deploy() gives {names}, graph() {list(wanted)}")
+        wrong = ", ".join(differing(got, wanted))
+        fail_if(wrong, f"deploy() and forward-then-infer differ in {wrong}, batch of {len(part)}")
+    fail_if(differing(wanted, _inferred(_stirred(s), part)), "deploy() changed the student")
 
 
 @check("student", after=(*INFERENCE, "deploy"))
-def training_only(s: Subject) -> None:
+def training_only(s: Subject, call: Call) -> None:
     """Parameters that only training needs are shipped for nothing. Do: leave them out in deploy()."""
-    student, batch, module = _shipped(s)
+    student, batch, module = _shipped(s, call)
     said = module(*student.inputs(batch).values())
     total = sum((t.float().square().sum() for t in said.values() if t.requires_grad), torch.zeros(()))
-    if not total.requires_grad:
-        raise Skipped("its output is not differentiable")
+    skip_if(not total.requires_grad, "its output is not differentiable")
     total.backward()
-    if unused := [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]:
-        raise Failed(f"deploy() holds parameters that its output does not use: {', '.join(unused[:4])}")
+    unused = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    fail_if(unused, f"deploy() holds parameters that its output does not use: {', '.join(unused[:4])}")
 
 
 @check("student", after=(*INFERENCE, "deploy"))
-def exports(s: Subject) -> None:
+def exports(s: Subject, call: Call) -> None:
     """A student that cannot leave as ONNX helps nobody who serves. Do: read the exporter's words; keep the graph free of
     Python decisions on values."""
-    if not any(component.name == "onnx" for _, _, component in registry().components("exporter")):
-        raise Skipped("kd-exporter-onnx is not installed")
-    student, batch, module = _shipped(s)
+    onnx = any(component.name == "onnx" for _, _, component in registry().components("exporter"))
+    skip_if(not onnx, "kd-exporter-onnx is not installed")
+    student, batch, module = _shipped(s, call)
     inputs = {name: value.detach() for name, value in student.inputs(batch).items()}
-    shapes, axes = student.shapes(inputs)
-    rule = {name: value.detach().numpy() for name, value in _inferred(student, batch).items()}
+    rule = {name: value.numpy() for name, value in _inferred(student, batch).items()}
     samples = {name: value.numpy() for name, value in inputs.items()}
     host, raw = student.host(batch) or (None, None)
+    shapes, axes = student.shapes(inputs)
     request = ExportRequest("student", module, shapes, axes, samples, rule, host=host, raw_samples=raw)
     exporter = Builder(0).make("exporter", "onnx", {"benchmark": "none"}, "export")
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            exporter.export_request(request, Path(folder) / "artefact")
-        except Exception as error:  # refused, or not exportable: both in its own words
-            raise Failed(str(error)[:600]) from None
+        exporter.export_request(request, Path(folder) / "artefact")
 
 
 @check("student")
-def trains(s: Subject) -> None:
+def trains(s: Subject, call: Call) -> None:
     """A student without gradient learns nothing. Do: look for detach, no_grad or frozen parameters."""
-    student, batch = s.fresh().train(), s.calls[0].args["batch"]
-    outputs = student(batch.copy())
-    own = student.task_loss(outputs, batch)
-    total = sum(
-        (t.float().square().mean() for t in leaves(outputs).values() if t.requires_grad), torch.zeros(())
-    )
-    if own is not None:
-        total = total + sum((t.float().mean() for t in leaves(own).values()), torch.zeros(()))
-    if not total.requires_grad:
-        raise Failed("its outputs carry no gradient")
+    student, batch = s.fresh().train(), call.args["batch"]
+    said = student(batch.copy())
+    own = leaves(student.task_loss(said, batch)).values()
+    terms = [t.float().square().mean() for t in leaves(said).values() if t.requires_grad]
+    total = sum([*terms, *(t.float().mean() for t in own)], torch.zeros(()))
+    fail_if(not total.requires_grad, "its outputs carry no gradient")
     total.backward()
     grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    if not any(bool(g.any()) for g in grads.values()) or not finite(grads):
-        raise Failed("no parameter takes a finite gradient other than 0")
+    learns = finite(grads) and any(bool(g.any()) for g in grads.values())
+    fail_if(not learns, "no parameter takes a finite gradient other than 0")
 
 
-def _shipped(s: Subject) -> tuple[Any, Batch, nn.Module]:
+def _shipped(s: Subject, call: Call) -> tuple[Any, Batch, nn.Module]:
     """A student in eval mode, a batch, and what it ships."""
-    student, batch = _stirred(s), copied(s.calls[0].args["batch"])
+    student, batch = _stirred(s), copied(call.args["batch"])
     module = student.deploy()
     if isinstance(module, dict):
         raise Skipped(f"ships {len(module)} modules: {', '.join(module)}")
@@ -146,30 +125,34 @@ def _stirred(s: Subject) -> Any:
     return student
 
 
+@torch.no_grad()
 def _inferred(student: Any, batch: Batch) -> dict[str, Tensor]:
-    with torch.no_grad():
-        found = student.graph(student(copied(batch)))
+    found = student.graph(student(copied(batch)))
+    named = isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
+    fail_if(not named, f"infer() gives {type(found).__name__}, not a dict of tensors by name")
     return {name: value.clone() for name, value in found.items()}
 
 
 # ---- teachers -----------------------------------------------------------------------------------------
 
 
-@check("teacher", after=("runs",))
-def frozen_eval(s: Subject) -> None:
+@check("teacher", after=(*DECLARED, "runs"))
+def frozen_eval(s: Subject, call: Call) -> None:
     """A teacher with live dropout, moving statistics or weights is another one at every step. Do: never call train()
     inside, use no inference_mode, and change nothing in forward."""
-    teacher, batch = frozen(s.fresh()), s.calls[0].args["batch"]
+    teacher = frozen(s.fresh())
     teacher.train()
-    before = {n: t._version for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    before = _versions(teacher)
     with torch.no_grad():
-        said = leaves(teacher(batch.copy()))
-    if any(m.training for m in teacher.modules()):
-        raise Failed("it is in training mode after a forward")
-    after = {n: t._version for n, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    if moved := [n for n in after if after[n] != before.get(n, after[n])]:
-        raise Failed(f"forward wrote to {', '.join(moved[:3])}")
-    if any(t.requires_grad for t in said.values()) or any(p.requires_grad for p in teacher.parameters()):
-        raise Failed("it takes gradient although it was frozen")
-    if any(t.is_inference() for t in said.values()):
-        raise Failed("its outputs come from inference_mode: losses cannot save them for backward")
+        said = leaves(teacher(call.args["batch"].copy())).values()
+    fail_if(any(module.training for module in teacher.modules()), "it is in training mode after a forward")
+    moved = [name for name, version in _versions(teacher).items() if version != before.get(name, version)]
+    fail_if(moved, f"forward wrote to {', '.join(moved[:3])}")
+    live = any(tensor.requires_grad for tensor in (*said, *teacher.parameters()))
+    fail_if(live, "it takes gradient although it was frozen")
+    inference = any(tensor.is_inference() for tensor in said)
+    fail_if(inference, "its outputs come from inference_mode: losses cannot save them for backward")
+
+
+def _versions(module: nn.Module) -> dict[str, int]:
+    return {n: t._version for n, t in (*module.named_parameters(), *module.named_buffers())}

@@ -9,8 +9,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdcore import plugins, recipe
@@ -21,20 +20,13 @@ from kdcore.types import Component
 
 @dataclass
 class Plugin:
-    """An installed plugin, as its own checks see it."""
+    """An installed plugin, as its own checks see it. ``recipes``: files, by name."""
 
     entry: plugins.Entry
-    folder: Path | None = None
-    components: list[tuple[str, Component]] = field(default_factory=list)
-    fault: plugins.Fault | None = None
-
-    @property
-    def slug(self) -> str:
-        return self.entry.name
-
-    @cached_property
-    def recipes(self) -> list[Path]:
-        return recipe.recipes_of(self.slug) if self.entry.distribution != GROUP else []
+    folder: Path | None
+    components: list[tuple[str, Component]]
+    fault: plugins.Fault | None
+    recipes: list[Path]
 
 
 @contextmanager
@@ -50,7 +42,9 @@ def opened(where: str | os.PathLike[str]) -> Iterator[Plugin]:
             raise InputError(name, "no such plugin, and no folder with a pyproject.toml", hint=hint)
         offered = [(kind, c) for kind, e, c in registry.components() if e == entry]
         fault = next((f for f in registry.quarantine if f.entry == entry), None)
-        yield Plugin(entry, folder.resolve() if in_folder else None, offered, fault)
+        yield Plugin(
+            entry, folder.resolve() if in_folder else None, offered, fault, recipe.recipes_of(entry.name)
+        )
 
 
 @contextmanager
@@ -62,32 +56,30 @@ def _installed(folder: Path) -> Iterator[str]:
         raise InputError(str(folder / "pyproject.toml"), f"not valid TOML: {error}") from None
     points = project.get("entry-points", {}).get(GROUP, {})
     if not points:
-        raise InputError(
-            str(folder), f'no entry point in the group "{GROUP}"', hint="kd plugin new writes one"
-        )
-    name, slug = project.get("name", folder.name), next(iter(points))
+        problem = f'no entry point in the group "{GROUP}"'
+        raise InputError(str(folder), problem, hint="kd plugin new writes one")
+    name, modules = project.get("name", folder.name), {p.partition(".")[0] for p in points.values()}
     with tempfile.TemporaryDirectory() as scratch:
         info = Path(scratch) / f"{name.replace('-', '_')}-0.dist-info"
         info.mkdir()
-        needs = "".join(f"Requires-Dist: {each}\n" for each in project.get("dependencies", []))
-        info.joinpath("METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n{needs}", "utf-8"
-        )
-        rows = "".join(f"{key} = {value}\n" for key, value in points.items())
-        info.joinpath("entry_points.txt").write_text(f"[{GROUP}]\n{rows}", "utf-8")
-        paths, modules = [scratch, str(folder.resolve()), str(folder.resolve() / "src")], [*points.values()]
-        sys.path[:0] = paths
+        needs = [f"Requires-Dist: {each}" for each in project.get("dependencies", [])]
+        rows = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 0", *needs, ""]
+        (info / "METADATA").write_text("\n".join(rows), "utf-8")
+        rows = [f"[{GROUP}]", *(f"{key} = {value}" for key, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(rows), "utf-8")
+        before = list(sys.path)
+        sys.path[:0] = [scratch, str(folder.resolve()), str(folder.resolve() / "src")]
         _forget(modules)
         try:
-            yield slug
+            yield next(iter(points))
         finally:
-            sys.path[:] = [each for each in sys.path if each not in paths]
+            sys.path[:] = before
             _forget(modules)
 
 
-def _forget(modules: list[str]) -> None:
+def _forget(modules: set[str]) -> None:
     """A registry and modules of another place must not answer for this one."""
-    for name in [n for n in sys.modules if n.partition(".")[0] in {m.partition(".")[0] for m in modules}]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in modules]:
         del sys.modules[name]
     importlib.invalidate_caches()
     plugins.registry.cache_clear()

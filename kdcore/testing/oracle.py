@@ -8,9 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,12 @@ from torch import Tensor
 from kdcore.building import Builder
 from kdcore.kinds import FunctionLoss, Loss
 from kdcore.signature import import_string, schema_of
+from kdcore.testing.tensors import gradients, mapped, noise_where
 from kdcore.types import Batch, Outputs, Unembed
 
 _SOURCE = re.compile(r"(\S+/\S+@[0-9a-f]{7,40}|closed form|brute force|library)\b.*", re.DOTALL)
 Tensors = Mapping[str, Tensor]
+Path = Callable[[Tensors], Any]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def check_oracle(oracle: Oracle) -> list[str]:
     if not _SOURCE.fullmatch(oracle.source):
         allowed = "repository@commit, closed form, brute force, library"
         raise AssertionError(f"{oracle}: source {oracle.source!r} is none of: {allowed}")
-    paths = _Trial(oracle).paths()
-    for path, compare in paths.items():
+    trial = _Trial(oracle)
+    paths = trial.paths()
+    for path, (ask, dtype, tolerance) in paths.items():
         try:
-            compare()
+            trial.compare(ask, dtype, tolerance)
         except AssertionError as error:
             raise AssertionError(f"{oracle}, {path}: {error} (source: {oracle.source})") from None
     return list(paths)
@@ -92,10 +94,9 @@ class _Trial:
     """One oracle's loss with its tensors, and the ways to ask it."""
 
     def __init__(self, oracle: Oracle) -> None:
-        self.oracle, self.params = oracle, dict(oracle.params)
+        self.oracle, self.params, of = oracle, dict(oracle.params), oracle.of
         self.tensors = {name: _tensor(value) for name, value in oracle.tensors.items()}
         self.size = len(next(iter(self.tensors.values())))
-        of = oracle.of
         if isinstance(of, str) and of.startswith("loss:"):
             self.loss: Loss = Builder(0).make("loss", of.removeprefix("loss:"), self.params, oracle.name)
         else:
@@ -103,25 +104,23 @@ class _Trial:
             names = schema_of(function, oracle.name, is_loss=True).tensors
             self.loss = FunctionLoss(function, names, self.params)
 
-    def paths(self) -> dict[str, Callable[[], None]]:
+    def paths(self) -> dict[str, tuple[Path, torch.dtype, float]]:
         exact, single, low = self.oracle.tolerance
-        found: dict[str, Callable[[], None]] = {
-            "component, float64": partial(self._compare, self._component, torch.float64, exact),
-            "component, float32": partial(self._compare, self._component, torch.float32, single),
-            "bf16 autocast": partial(self._compare, self._component, torch.float32, low, amp=True),
+        found: dict[str, tuple[Path, torch.dtype, float]] = {
+            "component, float64": (self._component, torch.float64, exact),
+            "component, float32": (self._component, torch.float32, single),
+            "bf16 autocast": (self._autocast, torch.float32, low),
         }
         if isinstance(self.loss, FunctionLoss):
-            found["direct, float64"] = partial(self._compare, self._direct, torch.float64, exact)
-            found["direct, float32"] = partial(self._compare, self._direct, torch.float32, single)
+            found["direct, float64"] = self._direct, torch.float64, exact
+            found["direct, float32"] = self._direct, torch.float32, single
         if not self.loss.couples_batch and self.size > 1:
-            found["sample by sample"] = partial(self._compare, self._by_sample, torch.float64, exact)
+            found["sample by sample"] = self._by_sample, torch.float64, exact
         if "mask" in self.tensors:
-            found["masked positions replaced"] = partial(self._compare, self._masked, torch.float64, exact)
+            found["masked positions replaced"] = self._masked, torch.float64, exact
         if self._row_by_row():
-            found["chunked"] = partial(self._compare, self._chunked, torch.float64, exact)
+            found["chunked"] = self._chunked, torch.float64, exact
         return found
-
-    # ---- the paths --------------------------------------------------------------------------------
 
     def _direct(self, tensors: Tensors) -> Any:
         assert isinstance(self.loss, FunctionLoss)
@@ -130,32 +129,23 @@ class _Trial:
     def _component(self, tensors: Tensors) -> Any:
         """As the core calls it: with outputs of two models, and a batch."""
         self.loss.to(next(t for t in tensors.values() if t.is_floating_point()).dtype)
-        return self.loss(
-            self._outputs("student", tensors), self._outputs("teacher", tensors), _batch(tensors)
-        )
+        return self.loss(*(self._outputs(side, tensors) for side in ("student", "teacher")), _batch(tensors))
 
     def _outputs(self, side: str, tensors: Tensors) -> Outputs:
         named = {n.removeprefix(f"{side}_"): t for n, t in tensors.items() if n.startswith(f"{side}_")}
-        logits, mask, target = named.pop("logits", None), tensors.get("mask"), tensors.get("target")
-        return Outputs(logits, mask, target, tensors=named)
+        return Outputs(named.pop("logits", None), tensors.get("mask"), tensors.get("target"), tensors=named)
+
+    def _autocast(self, tensors: Tensors) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self._component(tensors)
 
     def _by_sample(self, tensors: Tensors) -> Any:
-        rows = [self._component({n: t[i : i + 1] for n, t in tensors.items()}) for i in range(self.size)]
-        if isinstance(rows[0], Mapping):
-            return {name: _joined([row[name] for row in rows]) for name in rows[0]}
-        return _joined(rows)
+        rows = [_named(self._component({n: t[[i]] for n, t in tensors.items()})) for i in range(self.size)]
+        terms = {name: [row[name] for row in rows] for name in rows[0]}
+        return {name: torch.cat(each) if each[0].dim() else torch.stack(each) for name, each in terms.items()}
 
     def _masked(self, tensors: Tensors) -> Any:
-        hidden = ~tensors["mask"].bool()
-
-        def noisy(name: str, tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point() or tensor.shape[:2] != hidden.shape:
-                return tensor
-            end = -9 if name.startswith("teacher") else 9
-            noise = torch.linspace(-end, end, tensor.numel(), dtype=tensor.dtype).view_as(tensor)
-            return torch.where(hidden.view(*hidden.shape, *[1] * (tensor.dim() - 2)), noise, tensor)
-
-        return self._component({name: noisy(name, tensor) for name, tensor in tensors.items()})
+        return self._component(mapped(tensors, noise_where(~tensors["mask"].bool())))
 
     def _row_by_row(self) -> bool:
         """Whether the loss is a function of rows of logits, and perhaps their labels, with one value a row."""
@@ -174,44 +164,23 @@ class _Trial:
         sides = [Outputs(None, mask, tensors.get("target"), Unembed(each, eye)) for each in logits]
         return self.loss(*sides, _batch(tensors))
 
-    # ---- comparing --------------------------------------------------------------------------------
-
-    def _compare(
-        self, path: Callable[[Tensors], Any], dtype: torch.dtype, tolerance: float, amp: bool = False
-    ) -> None:
+    def compare(self, ask: Path, dtype: torch.dtype, tolerance: float) -> None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()}
         roots = {n: tensors[n].clone().requires_grad_() for n in self.oracle.gradient}
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            answer = path({**tensors, **roots})
-        said: dict[str, Tensor] = dict(answer) if isinstance(answer, Mapping) else {"value": answer}
+        said: dict[str, Tensor] = _named(ask({**tensors, **roots}))
         if any(each.dtype != torch.float64 for each in said.values()):  # softmax in float32 is the convention
             tolerance = max(tolerance, self.oracle.tolerance[1])
-        expected = (
-            self.oracle.value if isinstance(self.oracle.value, Mapping) else {"value": self.oracle.value}
-        )
-        for name, value in expected.items():
-            wanted = torch.as_tensor(value, dtype=torch.float64)
-            _near(
-                name,
-                said[name] if said[name].shape == wanted.shape else self._mean(said[name]),
-                wanted,
-                tolerance,
-            )
-        if roots:
-            total = torch.stack([self._mean(each) for each in said.values()]).sum()
-            none = [None] * len(roots)
-            found = (
-                torch.autograd.grad(total, list(roots.values()), allow_unused=True)
-                if total.requires_grad
-                else none
-            )
-            for (name, root), got in zip(roots.items(), found, strict=True):
-                wanted = torch.as_tensor(self.oracle.gradient[name], dtype=torch.float64)
-                _near(
-                    f"gradient of {name}", torch.zeros_like(root) if got is None else got, wanted, tolerance
-                )
+        for name, value in _named(self.oracle.value).items():
+            wanted, got = torch.as_tensor(value, dtype=torch.float64), said[name]
+            _near(name, got if got.shape == wanted.shape else self._mean(got), wanted, tolerance)
+        total = torch.stack([self._mean(each) for each in said.values()]).sum()
+        for name, grad in gradients(total, roots).items():
+            wanted = torch.as_tensor(self.oracle.gradient[name], dtype=torch.float64)
+            got = torch.zeros_like(roots[name]) if grad is None else grad
+            _near(f"gradient of {name}", got, wanted, tolerance)
 
     def _mean(self, answer: Tensor) -> Tensor:
+        """Over samples, or over unmasked positions."""
         mask = self.tensors.get("mask")
         if mask is None or answer.dim() < 2:
             return answer.mean()
@@ -222,13 +191,11 @@ def _near(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
     if got.shape != wanted.shape:
         raise AssertionError(f"{name} has shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
     got = got.detach().double()
-    gap, scale = (got - wanted).abs().nan_to_num(torch.inf), max(float(wanted.abs().max()), 1e-12)
-    if float(gap.max()) > tolerance * scale:
-        at = int(gap.argmax())
+    gaps = (got - wanted).abs().nan_to_num(torch.inf) / max(float(wanted.abs().max()), 1e-12)
+    if float(gaps.max()) > tolerance:
+        at = int(gaps.argmax())
         pair = f"{got.flatten()[at].item():.8g}, expected {wanted.flatten()[at].item():.8g}"
-        raise AssertionError(
-            f"{name} is {pair}: {float(gap.max()) / scale:.2g} of the scale, allowed {tolerance:g}"
-        )
+        raise AssertionError(f"{name} is {pair}: {float(gaps.max()):.2g} of the scale, allowed {tolerance:g}")
 
 
 def _batch(tensors: Tensors) -> Batch:
@@ -236,8 +203,8 @@ def _batch(tensors: Tensors) -> Batch:
     return Batch({"id": torch.arange(len(next(iter(tensors.values())))), **values})
 
 
-def _joined(rows: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(rows)).mean() if rows[0].dim() == 0 else torch.cat(list(rows))
+def _named(answer: Any) -> dict[str, Any]:
+    return dict(answer) if isinstance(answer, Mapping) else {"value": answer}
 
 
 def _tensor(value: Any) -> Tensor:

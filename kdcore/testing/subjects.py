@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcore.building import schema as schema_of
 from kdcore.counts import Counts
 from kdcore.kinds import Loss
-from kdcore.plugins import Entry
-from kdcore.signature import Schema
-from kdcore.testing import toys
-from kdcore.testing.findings import preserved, random_state
-from kdcore.testing.tensors import leaves, mapped
-from kdcore.types import Component
+from kdcore.recipe import schema
+from kdcore.signature import Schema, import_string
+from kdcore.testing.findings import reseed
+from kdcore.testing.opening import Plugin
+from kdcore.testing.tensors import Change, gradients, leaves, mapped
+from kdcore.testing.toys import Home
+from kdcore.types import Component, Outputs
 
 _TOKENS = r"\btokens?\b|\[B, ?L\b|\bvocabular|\bsequences?\b|\.mask\b|[\"']mask[\"']"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """Arguments of one call by name. ``layout``: classes [B,C], tokens [B,L,V], dense [B,C,H,W] or other."""
+    """The arguments of one call by name."""
 
-    layout: str
     args: dict[str, Any]
 
     @property
@@ -42,101 +41,104 @@ class Call:
         return 0 if batch.parts else len(batch)
 
     @property
-    def mask(self) -> Tensor | None:
-        """Bool [B,L], where the sample has one."""
-        found: Tensor | None = getattr(self.args["student"], "mask", None)
-        return self.args["batch"].get("mask") if found is None else found
+    def logits(self) -> Tensor | None:
+        """The student's: [B,C], [B,L,V] or [B,C,H,W]."""
+        found: Tensor | None = getattr(self.args.get("student"), "logits", None)
+        return found
+
+    def aligned(self, name: str) -> Tensor | None:
+        """``mask`` [B,L] or ``target``: the student's, or else the batch's."""
+        found: Tensor | None = getattr(self.args["student"], name, None)
+        return self.args["batch"].get(name) if found is None else found
 
     @property
     def class_axis(self) -> int:
-        return 1 if self.layout == "dense" else -1
+        return 1 if self.logits is not None and self.logits.dim() == 4 else -1
+
+    def has_rows(self, path: str, tensor: Tensor) -> bool:
+        return bool(tensor.dim()) and len(tensor) == self.size and not path.endswith(("/weight", "/bias"))
+
+    def but(self, change: Change) -> Call:
+        return Call(mapped(self.args, change))
+
+    def rows(self, index: Tensor) -> Call:
+        """The samples at ``index``, in its order."""
+        found = self.but(lambda path, t: t[index] if self.has_rows(path, t) else t)
+        lists = {k: v for k, v in found.args["batch"].items() if isinstance(v, list)}
+        found.args["batch"].update({k: [v[i] for i in index.tolist()] for k, v in lists.items()})
+        return found
 
 
 class Subject:
     """One component of a plugin. ``kdcore.testing.arguments`` fills ``home``, ``params`` and ``calls``."""
 
-    def __init__(
-        self, entry: Entry, kind: str, component: Component, recipes: list[Path], folder: Path
-    ) -> None:
-        self.entry, self.kind, self.component = entry, kind, component
-        self.recipes, self.folder = recipes, folder
-        self.name = f"{entry.distribution}:{component.name}"
-        self.params: dict[str, Any] = {}
-        self.calls: list[Call] = []
-        self.disturbs = False
-        self.home: toys.Home
-        self.world: list[Any] = []
-        self._pristine: Any = None
+    home: Home
+    params: dict[str, Any]
+    calls: list[Call]
+    declared: Loss
+    """An instance, for its declarations."""
+    world: list[Any]
+
+    def __init__(self, plugin: Plugin, kind: str, component: Component, folder: Path) -> None:
+        self.plugin, self.kind, self.component, self.folder = plugin, kind, component, folder
+        self.name = f"{plugin.entry.distribution}:{component.name}"
 
     @cached_property
-    def _found(self) -> tuple[Any, Schema]:
-        return schema_of(self.kind, self.name)
-
-    @property
     def target(self) -> Any:
-        return self._found[0]
+        return import_string(self.component.target, "use")
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
-        return self._found[1]
+        return schema(self.kind, self.name)[1]
 
     @cached_property
     def declares_tokens(self) -> bool:
         """Whether the method says that it works on token positions: in its arguments, code or recipes."""
         said = inspect.getsource(self.target) + self.component.summary
-        return (
-            "mask" in self.schema.tensors
-            or bool(re.search(_TOKENS, said, re.IGNORECASE))
-            or any('use = "language"' in path.read_text("utf-8") for path in self.recipes)
-        )
+        texts = (path.read_text("utf-8") for path in self.plugin.recipes)
+        named = "mask" in self.schema.tensors or re.search(_TOKENS, said, re.IGNORECASE)
+        return bool(named) or any('use = "language"' in text for text in texts)
 
-    def settle(self, home: toys.Home, params: Mapping[str, Any]) -> None:
+    def settle(self, home: Home, params: Mapping[str, Any]) -> None:
         """Live in this run with these parameters."""
-        self.home, self.params = home, dict(params)
-        self._pristine = home.make(self.kind, self.name, params)
+        self.home, self.params, self.calls = home, dict(params), []
+        self.declared = home.make(self.kind, self.name, params)
         self.world = home.signature()
 
     def fresh(self, **over: Any) -> Any:
         """A new instance in its first state; ``over`` changes parameters."""
         if not over:
             with suppress(TypeError, RuntimeError):  # what cannot be copied is built again
-                return copy.deepcopy(self._pristine)
+                return copy.deepcopy(self.declared)
         return self.home.make(self.kind, self.name, {**self.params, **over})
 
     def answer(
-        self,
-        call: Call | Mapping[str, Any],
-        component: Any = None,
-        *,
-        seed: int = 0,
-        train: bool = False,
-        amp: bool = False,
-        raw: bool = False,
+        self, call: Call, component: Any = None, *, seed: int = 0, train: bool = False, amp: bool = False
     ) -> dict[str, Tensor]:
-        """What a component (a fresh one, in eval mode) says: every tensor of its answer by path.
-
-        It gets clones, or with ``raw`` the arguments themselves. ``disturbs`` then says whether it moved a global
-        random generator.
-        """
-        args = call.args if isinstance(call, Call) else call
-        args = args if raw else mapped(args, lambda _, tensor: tensor.clone())
+        """What a component (a fresh one, in eval mode) says of clones: every tensor of its answer by path."""
+        args = mapped(call.args, lambda _, tensor: tensor.clone())
         component = self.fresh() if component is None else component
         component.train(train)
+        reseed(seed)
         quiet = torch.no_grad() if self.kind == "teacher" else nullcontext()
-        with preserved(seed), quiet, torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            before = random_state()
-            said = leaves(component(*args.values()))
-            self.disturbs = random_state() != before
-            return said
+        with quiet, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return leaves(component(*args.values()))
 
-    def total(self, args: Mapping[str, Any], component: Any = None, **how: Any) -> Tensor:
+    def total(self, call: Call, component: Any = None, *, amp: bool = False) -> Tensor:
         """A loss as the core reduces it: the sum of its terms, each a mean over samples or supervised positions."""
-        outputs, batch = args["student"], args["batch"]
-        terms = self.answer(args, component, **how).values()
-        outputs = None if isinstance(outputs, Mapping) else outputs
+        outputs, batch = call.args["student"], call.args["batch"]
+        outputs = outputs if isinstance(outputs, Outputs) else None
+        terms = self.answer(call, component, amp=amp).values()
         return sum((Counts().share(t, "main", outputs, batch) for t in terms), torch.zeros(()))
 
-    @property
-    def declared(self) -> Loss:
-        """An instance, for its declarations."""
-        return self._pristine  # type: ignore[no-any-return]
+    def gradients(self, call: Call, component: Any = None, side: str = "student") -> dict[str, Tensor]:
+        """The gradient of ``total`` at one side's floating tensors, by path; zeros where none arrives."""
+        roots: dict[str, Tensor] = {}
+
+        def live(path: str, tensor: Tensor) -> Tensor:
+            if not path.startswith(side) or not tensor.is_floating_point():
+                return tensor
+            return roots.setdefault(path, tensor.detach().requires_grad_())
+
+        found = gradients(self.total(call.but(live), component), roots)
+        return {path: torch.zeros_like(roots[path]) if g is None else g for path, g in found.items()}

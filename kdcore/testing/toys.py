@@ -1,9 +1,9 @@
-"""A toy world for components: data of four forms, models for them, and outputs of three layouts made of random numbers."""
+"""A toy world for components: small data of several forms, recipes of models for them, and a run to live in."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,38 +11,33 @@ import torch
 from torch import nn
 
 from kdcore import recipe
-from kdcore.building import NATIVE, assemble
+from kdcore.building import assemble
 from kdcore.datasets import TensorSet
 from kdcore.parts import Slot
+from kdcore.recipe import is_artefact
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
-from kdcore.types import Batch, Data, Outputs, TopK, Unembed
+from kdcore.testing.tensors import NATIVE
+from kdcore.types import Batch, Data
 
 # All different, so that a shape says which axis it is.
 B, C, L, V, D, SIDE = 6, 5, 4, 7, 8, 3
 TEACHERS = ("main", "second", "third")
-Form = Literal["flat", "image", "tokens", "colour"]
-_TAPS = {"flat": "hidden0", "image": "body.1", "tokens": "embed"}
+Form = Literal["flat", "image", "tokens", "colour", "dense"]
 _MODELS: dict[Form, tuple[str, dict[str, Any]]] = {
     "flat": ("kdcore.zoo:mlp", {"inputs": 64, "hidden": [D], "classes": C}),
     "image": ("kdcore.zoo:conv_net", {"width": 2, "classes": C}),
     "colour": ("kdcore.zoo:conv_net", {"width": 2, "classes": C, "in_channels": 3}),
-    "tokens": ("kdcore.testing.toys:language_model", {"width": D, "classes": V}),
+    "tokens": ("kdcore.testing.toys:language_model", {}),
+    "dense": ("torch.nn:Conv2d", {"in_channels": 1, "out_channels": C, "kernel_size": 1}),
 }
+_INPUTS = {"flat": (64,), "image": (1, 8, 8), "colour": (3, 32, 32), "dense": (1, SIDE, SIDE)}
+_TAPS = {"flat": "hidden0", "image": "body.1", "tokens": "0"}
 
 
-class PositionWise(nn.Sequential):
-    """A language model of toy size that sees one token at a time: ids [B,L] -> logits [B,L,V]."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.add_module("embed", nn.Embedding(classes, width))
-        self.add_module("tanh", nn.Tanh())
-        self.add_module("head", nn.Linear(width, classes))
-
-
-def language_model(*, width: int = D, classes: int = V) -> PositionWise:
-    return PositionWise(width, classes)
+def language_model() -> nn.Sequential:
+    """It sees one token at a time: ids [B,L] -> logits [B,L,V]."""
+    return nn.Sequential(nn.Embedding(V, D), nn.Tanh(), nn.Linear(D, V))
 
 
 def data(*, form: Form) -> Data:
@@ -50,15 +45,12 @@ def data(*, form: Form) -> Data:
     generator, count = torch.Generator().manual_seed(0), 24
     if form == "tokens":
         ids = torch.randint(V, (count, L + 1), generator=generator)
-        values = {
-            "input": ids[:, :-1],
-            "target": ids[:, 1:],
-            "mask": torch.arange(L).repeat(count, 1) < L - 1,
-        }
+        mask = torch.arange(L) < torch.tensor([4, 2, 3, 1, 4, 2]).repeat(4).unsqueeze(1)
+        values = {"input": ids[:, :-1], "target": ids[:, 1:].masked_fill(~mask, -100), "mask": mask}
     else:
-        shape = {"image": (1, 8, 8), "colour": (3, 32, 32), "flat": (64,)}[form]
-        images = torch.rand(count, *shape, generator=generator)
-        values = {"input": images, "target": torch.randint(C, (count,), generator=generator)}
+        images = torch.rand(count, *_INPUTS[form], generator=generator)
+        shape = (count, SIDE, SIDE) if form == "dense" else (count,)
+        values = {"input": images, "target": torch.randint(C, shape, generator=generator)}
     train, val, test, tune = (TensorSet(torch.arange(count), **values) for _ in range(4))
     return Data(train, val, test, tune, classes=V if form == "tokens" else C)
 
@@ -80,22 +72,13 @@ def tree(form: Form) -> dict[str, Any]:
     }
 
 
-def loss_trees(
-    wants: tuple[str, ...], joint: bool, table: Mapping[str, Any]
-) -> Iterator[tuple[Form, dict[str, Any]]]:
-    """Toy recipes with a loss that reads layers: vectors, maps or sequences, the likeliest by their names first."""
-    names = " ".join(wants)
-    maps = re.search(r"feat|map|conv|layer|stage|block|attn|attention", names)
-    forms: list[Form] = ["image", "flat", "tokens"] if maps else ["flat", "image", "tokens"]
-    if re.search(r"hidden|token|sequence|patch|state", names):
-        forms.insert(0, forms.pop())
-    for form in forms:
-        reads: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
-        for side, _, name in (w.partition(".") for w in wants):
-            if name not in NATIVE:
-                reads[side][name] = _TAPS[form]
-        only = {} if joint else {"teacher": "main"}
-        yield form, {**tree(form), "loss": [{**table, "reads": reads, **only}]}
+def with_loss(form: Form, table: Mapping[str, Any], wants: tuple[str, ...], joint: bool) -> dict[str, Any]:
+    """The toy recipe with a loss that reads a layer under each name."""
+    reads: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
+    for side, _, name in (each.partition(".") for each in wants):
+        if name not in NATIVE:
+            reads[side][name] = _TAPS[form]
+    return {**tree(form), "loss": [{**table, "reads": reads, **({} if joint else {"teacher": "main"})}]}
 
 
 class Home:
@@ -103,12 +86,13 @@ class Home:
 
     def __init__(self, view: Recipe, folder: Path) -> None:
         self.recipe, self.slot = view, None  # type: tuple[Recipe, Slot | None]
-        self.stage = StageRun(view, "conformance", folder)
-        self.builder = self.stage.builder()
-        self.parts = assemble(view, self.stage.source, self.builder)
+        stage = StageRun(view, "conformance", folder)
+        self.builder = stage.builder()
+        self.parts = assemble(view, stage.source, self.builder)
         for slot in self.parts.losses:
             slot.weight = 1.0  # a ramp may begin at 0
-        self.distiller, self.run = self.stage.context(self.parts)
+        self.distiller, self.run = stage.context(self.parts)
+        self.distiller.eval()
         self.run.total_steps, self.run.steps_per_epoch = 10, 5
 
     def at(self, place: str) -> nn.Module:
@@ -137,14 +121,26 @@ class Home:
 
     def signature(self) -> list[Any]:
         """What changes when somebody writes to the run's models, or switches them between train and eval."""
-        found: list[Any] = []
-        for model in (self.run.student, *self.run.teachers.values()):
-            found += [module.training for module in model.modules()]
-            found += [(t._version, t.float().sum().item()) for t in (*model.parameters(), *model.buffers())]
-        return found
+        models = (self.run.student, *self.run.teachers.values())
+        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        modes = [module.training for model in models for module in model.modules()]
+        return [*modes, *((t._version, t.float().sum().item()) for t in tensors)]
 
     def batch(self) -> Batch:
         return self.run.source.sample(B).to("cpu")
+
+    def plain(self, kind: str, joint: bool) -> dict[str, Any]:
+        """The arguments that a component of this kind is called with in a run without taps and streams."""
+        batch = self.batch()
+        if kind not in ("loss", "router"):
+            return {"batch": batch}
+        aligned = {key: batch[key] for key in ("mask", "target") if "mask" in batch}
+        with torch.no_grad():
+            student = replace(self.run.ask("student", batch), **aligned)
+            teachers = {name: replace(self.run.ask(name, batch), **aligned) for name in self.run.teachers}
+        if kind == "router":
+            return {"batch": batch, "student": student, "teachers": teachers}
+        return {"student": student, "teacher": teachers if joint else teachers["main"], "batch": batch}
 
     def seen(self, component: nn.Module) -> tuple[Any, ...]:
         """The arguments that the core calls a component with in one step; empty if it never does."""
@@ -152,7 +148,6 @@ class Home:
         handle = component.register_forward_pre_hook(lambda _, args: found.append(args))
         try:
             with torch.no_grad():
-                self.distiller.eval()
                 batch = self.batch()
                 for augmentation in self.parts.augmentations.values():
                     batch = augmentation(batch)
@@ -165,11 +160,9 @@ class Home:
 def views(table: Mapping[str, Any]) -> Iterator[Recipe]:
     """A recipe as each of its stages sees it, without what earlier stages would leave."""
     whole = recipe.parse(table)
-    for index, stage in enumerate(whole.stage):
-        if stage.use == "distill":
-            view = recipe.parse_stage(whole, stage, f"stage.{index}").model_dump(exclude_unset=True)
-            yield recipe.parse({**_without_artefacts(view), "stage": []})
-    yield recipe.parse({**_without_artefacts(table), "stage": []})
+    stages = [recipe.parse_stage(whole, each, "stage") for each in whole.stage if each.use == "distill"]
+    for view in [*stages, whole]:
+        yield recipe.parse({**_without_artefacts(view.model_dump(exclude_unset=True)), "stage": []})
 
 
 def _without_artefacts(value: Any) -> Any:
@@ -177,49 +170,4 @@ def _without_artefacts(value: Any) -> Any:
         return [_without_artefacts(each) for each in value]
     if not isinstance(value, Mapping):
         return value
-    kept = {k: v for k, v in value.items() if not (isinstance(v, str) and re.match(r"@[\w-]+\.", v))}
-    return {k: _without_artefacts(v) for k, v in kept.items()}
-
-
-def loss_args(joint: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(layout, arguments) for a loss that reads logits: of classes, of tokens with a mask, of dense maps."""
-    for layout in ("classes", "tokens", "dense"):
-        generator = torch.Generator().manual_seed(0)
-        student, first, second = (_outputs(layout, generator) for _ in range(3))
-        for each in (first, second):
-            each.target, each.mask = student.target, student.mask
-        values = {"id": torch.arange(B) + 10, "input": torch.randn(B, 3, 8, 8, generator=generator)}
-        values |= {n: t for n in ("target", "mask") if (t := getattr(student, n)) is not None}
-        if layout != "tokens":
-            student.target = first.target = second.target = None
-        teacher = {"main": first, "second": second} if joint else first
-        yield layout, {"student": student, "teacher": teacher, "batch": Batch(values)}
-
-
-def _outputs(layout: str, generator: torch.Generator) -> Outputs:
-    shape = {"classes": (B, C), "tokens": (B, L, V), "dense": (B, SIDE, SIDE, C)}[layout]
-    logits = 2 * torch.randn(shape, generator=generator)
-    target = torch.randint(shape[-1], shape[:-1], generator=generator)
-    mask = torch.arange(L) < torch.tensor([4, 2, 3, 1, 4, 2]).unsqueeze(1) if layout == "tokens" else None
-    if mask is not None:
-        target = target.masked_fill(~mask, -100)
-    top = logits.log_softmax(-1).topk(2)
-    rest = torch.log1p(-top.values.exp().sum(-1))
-    hidden, weight = (torch.randn(*s, D, generator=generator) for s in (shape[:-1], shape[-1:]))
-    seen = logits.movedim(-1, 1) if layout == "dense" else logits
-    return Outputs(seen, mask, target, Unembed(hidden, weight), TopK(top.indices, top.values, rest))
-
-
-def router_args() -> dict[str, Any]:
-    """A batch, a student's and three teachers' logits."""
-    _, args = next(loss_args(False))
-    generator = torch.Generator().manual_seed(1)
-    teachers = {name: Outputs(3 * torch.randn(B, C, generator=generator)) for name in TEACHERS}
-    return {"batch": args["batch"], "student": Outputs(args["student"].logits), "teachers": teachers}
-
-
-def guessed(name: str) -> int | None:
-    """A toy value for a required number, by its name."""
-    if re.search(r"class|vocab", name):
-        return C
-    return D if re.search(r"dim|width|feature|channel|embed|hidden", name) else None
+    return {k: _without_artefacts(v) for k, v in value.items() if not is_artefact(v)}
