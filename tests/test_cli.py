@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import tomli_w
 
 from kdcore import cli
+from kdcore.cli.doing import show_report
 
 
 def kd(*arguments: str) -> int:
@@ -41,6 +43,7 @@ def test_every_help_works(command: list[str], capsys: pytest.CaptureFixture[str]
         ["show", "zzz"],
         ["show", "kd", "--kind", "lss"],
         ["schema", "--component", "zzz"],
+        ["schema", "--kind", "teacher"],
         ["resume", "nowhere"],
         ["export", "nowhere"],
         ["bench", "nowhere"],
@@ -55,6 +58,31 @@ def test_wrong_arguments_exit_with_2(
     assert "Traceback" not in said.err
     assert said.err.strip()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_told_from_one_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kd("resume", str(tmp_path / "nosuch")) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert kd("resume", str(tmp_path)) == 2
+    assert "no run folder: it has no recipe.lock.toml" in capsys.readouterr().err
+
+
+def test_a_terminal_is_told_where_the_pictures_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    folder.mkdir()
+    (folder / "report.md").write_text("# Title\n\n![curves.png](curves.png)\n", "utf-8")
+    show_report("run folder", folder)
+    assert "![curves.png](curves.png)" in capsys.readouterr().out  # a file gets the page as it is
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_report("run folder", folder)
+    said = click.unstyle(capsys.readouterr().out)
+    assert "Picture: run/curves.png" in said
+    assert said.splitlines()[-2:] == ["run folder: run", "report with pictures: run/report.html"]
 
 
 def test_ctrl_c_while_checking_leaves_in_words(
@@ -138,6 +166,8 @@ def test_show_and_schema_know_names_of_any_kind(capsys: pytest.CaptureFixture[st
     assert "did you mean 'classics.dkd'?" in capsys.readouterr().err
     assert kd("schema", "--component", "module") == 0  # a student and a teacher
     assert '"checkpoint"' in capsys.readouterr().out
+    assert kd("schema", "--kind", "teacher") == 2
+    assert "--component NAME" in capsys.readouterr().err
 
 
 def test_a_full_disk_behind_the_output_is_said_in_words() -> None:
