@@ -1,41 +1,31 @@
-"""From a checked recipe to the parts of a run: phase two (signatures) and phase three (models, taps, shapes)."""
+"""From a checked recipe to the parts of a run: components made, their references resolved, put together."""
 
 from __future__ import annotations
 
 import fnmatch
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from kdcore import kinds, parallel, sharding
-from kdcore.context import RunContext
+from kdcore import kinds
 from kdcore.data import Source, key_seed
-from kdcore.distill import Distiller
-from kdcore.errors import InputError, KDError, cause, nearest
-from kdcore.kinds import Augmentation, FunctionLoss, Kind, Loss, Student, Teacher, frozen
+from kdcore.errors import InputError, blame
+from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen, held
 from kdcore.parts import Parts, Slot
 from kdcore.recipe import is_artefact, schema
 from kdcore.tables import LossTable, Recipe
-from kdcore.taps import Taps
-from kdcore.task import Task, check_alignment
-from kdcore.types import Batch, Outputs
-
-__all__ = ["NATIVE", "Builder", "assemble", "make_student", "prepare", "schema", "to_train", "trainable"]
-NATIVE = ("logits", "mask", "target", "unembed", "topk")
+from kdcore.task import Task
 
 
 class Builder:
     """Makes components of a recipe, with references resolved. One a stage."""
 
-    def __init__(
-        self, seed: int, artefacts: Mapping[str, Any] | None = None, folder: Path | None = None
-    ) -> None:
-        self.seed, self.artefacts, self.folder = seed, artefacts or {}, folder
+    def __init__(self, seed: int, artefacts: Mapping[str, Any] | None = None) -> None:
+        self.seed, self.artefacts = seed, artefacts or {}
         self.built: dict[str, Any] = {}
 
     def make(self, kind: str, use: str, params: Mapping[str, Any], place: str) -> Any:
@@ -44,22 +34,21 @@ class Builder:
         given = {key: self._artefact(value, f"{place}.{key}") for key, value in params.items()}
         values = found.fill(given, place, self._nested)
         if kind == "loss" and not inspect.isclass(target):
-            instance: Any = FunctionLoss(target, found.tensors, values)
-        else:
-            torch.manual_seed(key_seed(self.seed, "weights", place))
+            values = {"function": target, "tensors": found.tensors, "params": values}
+            target = FunctionLoss
+        torch.manual_seed(key_seed(self.seed, "weights", place))
+        with blame(place, f"{found.name} refused its parameters"):
             try:
                 instance = target(**values)
             except InputError as error:  # a constructor says "teacher.checkpoint": it knows its kind alone
                 error.place = re.sub(rf"^{kind}(?=\.|$)", place, error.place or kind)
                 raise
-            except KDError:
-                raise
-            except Exception as error:  # a plugin's constructor may raise anything
-                raise InputError(place, f"{found.name} refused its parameters: {cause(error)}") from error
         wanted = getattr(kinds, kind.capitalize())
         if kind != "exporter" and not isinstance(instance, wanted):
             problem = f"{found.name} makes a {type(instance).__name__}, which is no {wanted.__name__}"
             raise InputError(f"{place}.use", problem, hint=f"its class derives from kdcore.{wanted.__name__}")
+        if isinstance(instance, Kind):
+            instance.place = place
         self.built[place.rpartition(".")[2]] = instance
         return instance
 
@@ -67,22 +56,18 @@ class Builder:
         if isinstance(value, Mapping):
             return self.make(kind, value["use"], {k: v for k, v in value.items() if k != "use"}, place)
         if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in self.built:
-                raise InputError(
-                    place, "nothing of this name is built here", given=value, allowed=sorted(self.built)
-                )
-            return _Reference(self.built[value[1:]])
+            return _Reference(_named(value, self.built, place, "nothing of this name is built here"))
         return value
 
     def _artefact(self, value: Any, place: str) -> Any:
         """``"@stage.artefact"`` is what an earlier stage left."""
-        if not is_artefact(value):
-            return value
-        if value[1:] not in self.artefacts:
-            raise InputError(
-                place, "no such artefact", given=value, allowed=sorted(self.artefacts) or "none yet"
-            )
-        return self.artefacts[value[1:]]
+        return _named(value, self.artefacts, place, "no such artefact") if is_artefact(value) else value
+
+
+def _named(reference: str, things: Mapping[str, Any], place: str, problem: str) -> Any:
+    if reference[1:] not in things:
+        raise InputError(place, problem, given=reference, allowed=sorted(things) or "none yet")
+    return things[reference[1:]]
 
 
 class _Reference:
@@ -98,22 +83,12 @@ class _Reference:
         return getattr(self._instance, name)
 
 
-def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: bool = True) -> Parts:
-    """Every part of a run, built; taps are set by ``prepare``, after ``setup``."""
-    student = make_student(recipe, builder)
-    parts = Parts(
-        student,
-        Task(recipe.task, source.data.classes),
-        task_weight=recipe.task.weight if with_losses else 1.0,  # alone, the task's term is all there is
-        task_streams=_tuple(recipe.task.stream),
-        forward=recipe.data.forward,
-        hold_eval=_matching_modules(student, recipe.student.hold_eval),
-        views={"student": recipe.student.view},
-    )
-    if not with_losses:
-        return parts
+def assemble(recipe: Recipe, source: Source, builder: Builder) -> Parts:
+    """Every part of a run, built; taps are set by ``preparing.prepare``, after ``setup``."""
+    parts = alone(recipe, source, make_student(recipe, builder), recipe.student.view)
+    parts.task_weight = recipe.task.weight
     for name, table in recipe.teacher.items():
-        parts.teachers[name] = frozen(builder.make("teacher", table.use, table.params, f"teacher.{name}"))  # type: ignore[assignment]
+        parts.teachers[name] = frozen(make_teacher(recipe, name, builder))  # type: ignore[assignment]
         parts.views[name] = table.view
     if recipe.router:
         router = recipe.router
@@ -132,6 +107,42 @@ def assemble(recipe: Recipe, source: Source, builder: Builder, *, with_losses: b
     return parts
 
 
+def alone(recipe: Recipe, source: Source, student: Student, view: Mapping[str, str]) -> Parts:
+    """A model that learns from the labels: the recipe's task is all there is."""
+    task, streams = Task(recipe.task, source.data.classes), _tuple(recipe.task.stream)
+    return Parts(student, task, views={"student": view}, task_streams=streams, forward=recipe.data.forward)
+
+
+def make_student(recipe: Recipe, builder: Builder) -> Student:
+    """The recipe's student; what it does not train takes no gradient, what it holds in eval mode stays there."""
+    table = recipe.student
+    student: Student = builder.make("student", table.use, table.params, "student")
+    modules, parameters = dict(student.named_modules()), dict(student.named_parameters())
+    for name in _matching(modules, table.hold_eval, "student.hold_eval"):
+        held(modules[name])
+    if table.train is not None:
+        chosen = _matching(parameters, table.train, "student.train")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in chosen)
+    return student
+
+
+def make_teacher(recipe: Recipe, name: str, builder: Builder) -> Teacher:
+    """A teacher of the recipe as it is before any training; InputError where it is to be trained and cannot be."""
+    table = recipe.teacher[name]
+    teacher: Teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
+    if table.train is not None and teacher.live and teacher.trainee() is None:
+        problem = f"a teacher of use = {table.use!r} cannot be trained here"
+        raise InputError(f"teacher.{name}.train", problem)
+    return teacher
+
+
+def to_train(recipe: Recipe) -> list[str]:
+    """The teachers that are trained before the student: a cached one keeps its ``train`` table and is not."""
+    asked = [(name, table) for name, table in recipe.teacher.items() if table.train is not None]
+    return [name for name, table in asked if getattr(schema("teacher", table.use)[0], "live", True)]
+
+
 def _slot(recipe: Recipe, table: LossTable, place: str, parts: Parts, builder: Builder) -> Slot:
     """A loss with its weight, teachers and streams, where they fit together."""
     loss: Loss = builder.make("loss", table.use, table.params, place)
@@ -142,220 +153,26 @@ def _slot(recipe: Recipe, table: LossTable, place: str, parts: Parts, builder: B
         raise InputError(place, problem, hint="add [teacher.main]")
     if loss.couples_batch and recipe.train.accumulate > 1:
         problem = f"{table.use!r} relates the samples of a batch: over micro-batches it would be another loss"
-        given, hint = (
-            f"train.accumulate = {recipe.train.accumulate}",
-            "take accumulate out, or lower batch_size",
-        )
-        raise InputError(place, problem, given=given, hint=hint)
-    name = _unique(table.name or table.use, {slot.name for slot in parts.losses})
+        given = f"train.accumulate = {recipe.train.accumulate}"
+        raise InputError(place, problem, given=given, hint="take accumulate out, or lower batch_size")
+    name = _unique(table.name or table.use, [slot.name for slot in parts.losses])
     return Slot(name, loss, table.weight, teachers, _tuple(table.stream), table.reads)
-
-
-def to_train(recipe: Recipe) -> list[str]:
-    """The teachers that are trained before the student: a cached one keeps its ``train`` table and is not."""
-    asked = [(name, table) for name, table in recipe.teacher.items() if table.train is not None]
-    return [name for name, table in asked if getattr(schema("teacher", table.use)[0], "live", True)]
-
-
-def make_student(recipe: Recipe, builder: Builder) -> Student:
-    student: Student = builder.make("student", recipe.student.use, recipe.student.params, "student")
-    if recipe.student.train is not None:
-        chosen = [n for n, _ in student.named_parameters() if _matches(n, recipe.student.train)]
-        if not chosen:
-            raise InputError("student.train", "no parameter matches", given=recipe.student.train)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name in chosen)
-    return student
-
-
-def prepare(
-    parts: Parts, source: Source, run: RunContext, distiller: Distiller, sharded: Iterable[str] = ()
-) -> None:
-    """Attach the run, call setup, shard, set taps, and try everything on one small real batch.
-
-    The models' setup comes first and the taps after it, so that a loss can see in its own what it will read.
-    """
-    distiller.attach(run)
-    _set_draws(parts, run)
-    run.reseed("setup")
-    models = [(name, each) for name, each in parts.components() if name.startswith(("student", "teacher."))]
-    _set_up(models)
-    for teacher in parts.teachers.values():
-        frozen(teacher)
-    for name in sharded if parallel.world() > 1 else ():
-        sharding.shard(parts.student if name == "student" else parts.teachers[name], run.device)
-    distiller.to(run.device)
-    _set_taps(parts)
-    _set_up(each for each in parts.components() if each not in models)
-    distiller.to(run.device)
-    _dry_run(distiller, run)
-
-
-def _set_draws(parts: Parts, run: RunContext) -> None:
-    """The augmentation that says which samples come next, if there is one."""
-    drawing = {n: a for n, a in parts.augmentations.items() if type(a).draw is not Augmentation.draw}
-    if len(drawing) > 1:
-        raise InputError("augmentation", "two of them draw the samples", given=list(drawing))
-    for each in drawing.values():
-        run.order.follow(each.draw, each.draw_every)
-
-
-def _set_up(components: Iterable[tuple[str, Kind]]) -> None:
-    for name, component in components:
-        if (setup := getattr(component, "setup", None)) is not None:
-            try:
-                setup()
-            except KDError:
-                raise
-            except Exception as error:
-                hint = "kd run --debug shows where"
-                raise InputError(name, f"its setup fails: {cause(error)}", hint=hint) from error
-
-
-def _set_taps(parts: Parts) -> None:
-    """One Taps a model, holding the paths that any loss or the router reads there."""
-    paths: dict[str, dict[str, str]] = {}
-    for index, slot in enumerate(parts.losses):
-        wants = slot.loss.wants()
-        for side, mapping in slot.reads.items():
-            if side not in ("student", "teacher"):
-                raise InputError(f"loss.{index}.reads.{side}", "no such side", allowed="student, teacher")
-            names = [w.partition(".")[2] for w in wants if w.startswith(f"{side}.")]
-            for name, path in mapping.items():
-                if name not in names:
-                    raise InputError(
-                        f"loss.{index}.reads.{side}.{name}", "the loss does not read this", allowed=names
-                    )
-                for model in ("student",) if side == "student" else slot.teachers:
-                    paths.setdefault(model, {})[path] = f"loss.{index}.reads.{side}.{name}"
-        for teacher in slot.teachers:
-            mapping = slot.reads.get("teacher", {})
-            names = [w.partition(".")[2] for w in wants if w.startswith("teacher.")]
-            parts.needs.setdefault(teacher, set()).update(mapping.get(name, name) for name in names)
-    for teacher in parts.routed if parts.router is not None else ():
-        parts.needs.setdefault(teacher, set()).add("logits")
-    for model, places in paths.items():
-        owner: Student | Teacher = parts.student if model == "student" else parts.teachers[model]
-        for path, place in places.items():
-            _check_path(owner.model, path, place)
-        parts.taps[model] = Taps(owner.model, {path: path for path in places})
-
-
-def _check_path(root: nn.Module, path: str, place: str) -> None:
-    modules = [name for name, _ in root.named_modules() if name]
-    if path not in modules and path.removesuffix(".in") not in modules:
-        hint = nearest(path, modules)
-        raise InputError(place, "no module at this path of the model", given=path, allowed=modules, hint=hint)
-
-
-@torch.no_grad()
-def _dry_run(distiller: Distiller, run: RunContext) -> None:
-    """Shapes agree, every name that is read is given, and every term can be computed."""
-    parts, batch = distiller.parts, run.sample
-    was_training = distiller.training
-    distiller.eval()
-    run.reseed("dry run")
-    try:
-        for stream in batch.streams:
-            part = batch.part(stream)
-            said = _asked(distiller, "student", part, "student")
-            if not batch.parts:  # what a stream of several is for, its losses know
-                _check_judged(parts, said, part)
-            for name in parts.needs:
-                _aligned(said, _asked(distiller, name, part, f"teacher.{name}"), parts, name)
-        for augmentation in parts.augmentations.values():
-            batch = augmentation(batch)
-        distiller.terms(batch)
-    except InputError:
-        raise
-    except Exception as error:  # losses, routers and augmentations may raise anything
-        reason = str(error) if isinstance(error, KDError) else cause(error)
-        problem, hint = f"the recipe fails on its first batch: {reason}", "kd run --debug shows where"
-        raise InputError("", problem, hint=hint) from error
-    finally:
-        distiller.train(was_training)
-
-
-def _aligned(student: Outputs, teacher: Outputs, parts: Parts, name: str) -> None:
-    reading = [
-        s
-        for s in parts.losses
-        if name in s.teachers and {"student.logits", "teacher.logits"} <= set(s.loss.wants())
-    ]
-    if any(not getattr(s.loss, "any_classes", False) for s in reading):
-        check_alignment(student, teacher, f"teacher.{name}")
-
-
-def _check_judged(parts: Parts, said: Outputs, batch: Batch) -> None:
-    """The task's metrics take the student's answers: as many classes as the data have."""
-    task, logits = parts.task, said.logits
-    classes = task.classes if task.table.use == "classification" else None
-    if classes and logits is not None and logits.shape[1] < classes:
-        problem = f"the student has {logits.shape[1]} classes, the data {classes}"
-        raise InputError("student", problem, hint="give the model an output for each class")
-    inferred: Any = parts.student.infer(said)
-    if not isinstance(inferred, Mapping):
-        given, allowed = type(inferred).__name__, 'a dict of tensors, for example {"logits": ...}'
-        raise InputError("student", "infer() gives tensors by name", given=given, allowed=allowed)
-    try:
-        task.meter().update(inferred, said, batch)
-    except InputError:
-        raise
-    except Exception as error:
-        shapes = {name: tuple(value.shape) for name, value in inferred.items()}
-        problem = f"the task's metrics cannot judge what it infers: {cause(error)}"
-        raise InputError("student", problem, given=shapes, allowed=f"{task.classes} classes") from error
-
-
-def _asked(distiller: Distiller, name: str, part: Batch, place: str) -> Outputs:
-    """A model's answer; every module that is tapped must have been called."""
-    try:
-        said = distiller.ask(name, part)
-    except InputError:
-        raise
-    except Exception as error:  # a model may raise anything on data that it was not made for
-        shapes = {k: tuple(v.shape) for k, v in part.items() if isinstance(v, torch.Tensor)}
-        raise InputError(
-            place, f"the model fails on the first batch: {cause(error)}", given=shapes
-        ) from error
-    taps = distiller.parts.taps.get(name)
-    for path in taps.names if taps is not None else ():
-        if path not in said:
-            raise InputError(place, f"its forward never calls the module {path!r}, which a loss reads")
-    return said
-
-
-def trainable(distiller: Distiller) -> list[nn.Parameter]:
-    """What the run's optimiser trains: student and components, without those that step themselves."""
-    own = {id(p) for _, c in distiller.parts.components() if _owns(c) for p in c.parameters()}
-    owners: Iterable[Kind] = [c for n, c in distiller.parts.components() if not n.startswith("teacher.")]
-    found = {id(p): p for c in owners for p in c.parameters() if p.requires_grad and id(p) not in own}
-    return list(found.values())
-
-
-def _owns(component: Kind) -> bool:
-    return component.own_optimizer is not None
 
 
 def _tuple(value: str | list[str] | None) -> tuple[str, ...] | None:
     return None if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _matching_modules(student: Student, patterns: list[str]) -> tuple[nn.Module, ...]:
-    found = tuple(m for n, m in student.named_modules() if n and _matches(n, patterns))
+def _matching(names: Iterable[str], patterns: list[str], place: str) -> set[str]:
+    """The names that a pattern matches; "" is the whole, and never meant."""
+    found = {name for pattern in patterns for name in fnmatch.filter(names, pattern) if name}
     if patterns and not found:
-        raise InputError("student.hold_eval", "no module matches", given=patterns)
+        raise InputError(place, "nothing matches", given=patterns)
     return found
 
 
 def _unique(name: str, taken: Iterable[str]) -> str:
-    names = set(taken)
-    number = 2
-    unique = name = name.replace(".", "-")  # a module's name may hold no dot
-    while unique in names:
-        unique, number = f"{name}-{number}", number + 1
-    return unique
+    """``name`` or ``name-2``, ...; a module's name may hold no dot."""
+    name = name.replace(".", "-")
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(each for each in numbered if each not in taken)

@@ -17,10 +17,9 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from kdcore import memory, parallel, sharding
-from kdcore.building import trainable
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook, frozen_teachers
 from kdcore.errors import InputError
-from kdcore.optimizers import own_optimizers
+from kdcore.optimizers import optimizer_of, own_optimizers, trainable
 from kdcore.order import Order, StepSampler
 from kdcore.tables import TrainTable
 
@@ -171,11 +170,10 @@ class _Autocast(OptimWrapper):
 
 def _wrapper(job: Fit, train: TrainTable) -> OptimWrapper:
     sharding.rest([job.distiller.student])  # the optimiser steps the pieces
-    params = trainable(job.distiller)
-    if not params:
-        raise InputError("student.train", "nothing is left to train")
-    job.run.optimizers = own_optimizers(job.distiller.parts, job.optimizer_tables)
-    options: dict[str, Any] = {"optimizer": job.make_optimizer(_groups(job, train, params))}
+    parts, recipe = job.distiller.parts, job.run.recipe
+    groups = _groups(job, train, trainable(parts))
+    job.run.optimizers = own_optimizers(parts, recipe)
+    options: dict[str, Any] = {"optimizer": optimizer_of(train.optimizer, groups, "train.optimizer")}
     if train.clip is not None:
         options["clip_grad"] = {"max_norm": train.clip}
     device = job.run.device.type

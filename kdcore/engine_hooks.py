@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kdcore.errors import InputError, Interrupted, KDError, RunError, cause
 from kdcore.guards import check_finite
 from kdcore.progress import Progress
 from kdcore.signals import Stop
-from kdcore.tables import TrainTable, Use
+from kdcore.tables import TrainTable
 from kdcore.task import higher_is_better
 
 SAVE_SECONDS = 30.0
@@ -40,8 +40,6 @@ class Fit:
     train: TrainTable
     folder: Path
     evaluate: Callable[[], dict[str, float]]
-    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    optimizer_tables: Mapping[str, Use] = field(default_factory=dict)
     identity: str = ""
     force: bool = False
     title: str = "train"

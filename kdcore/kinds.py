@@ -32,6 +32,11 @@ def frozen(module: nn.Module) -> nn.Module:
     Gradient still passes through to the inputs, for components that declare ``grad_through``.
     """
     module.requires_grad_(False)
+    return held(module)
+
+
+def held(module: nn.Module) -> nn.Module:
+    """Put in eval mode for good: ``.train()`` leaves it there."""
     module.eval()
     object.__setattr__(module, "train", lambda mode=True: module)
     return module
@@ -56,6 +61,7 @@ class Kind(nn.Module):
     """The default optimiser (a table with ``use``) of a component that steps its own parameters through
     ``run.update``; a component that leaves it None is trained by the run's optimiser."""
     grad_through: ClassVar[bool] = False
+    place: str = ""  # in the recipe, such as "loss.0"
     run: RunContext
 
     def wants(self) -> tuple[str, ...]:

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcore.errors import InputError, cause
+from kdcore.errors import InputError, blame
 from kdcore.parts import Parts
 from kdcore.recipe import components
 from kdcore.signature import schema_of
 from kdcore.tables import Recipe, Use
 
 
-def optimizer_of(
-    table: Use | Mapping[str, Any], params: list[nn.Parameter], place: str
-) -> torch.optim.Optimizer:
-    """A torch optimiser by name, its options checked against its signature."""
+def optimizer_of(table: Use | Mapping[str, Any], params: list[Any], place: str) -> torch.optim.Optimizer:
+    """A torch optimiser by name, its options checked against its signature; ``params`` as torch takes them."""
     options = {"use": table.use, **table.params} if isinstance(table, Use) else dict(table)
     use, known = options.pop("use"), _known()
     if use not in known:
@@ -29,10 +27,8 @@ def optimizer_of(
     schema = schema_of(known[use], use)
     schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
     checked = schema.validate(options, place)
-    try:
+    with blame(place, f"{use} refused its options", given=options):
         return known[use](params, **checked)
-    except Exception as error:
-        raise InputError(place, f"{use} refused its options: {cause(error)}", given=options) from error
 
 
 def _known() -> dict[str, type[torch.optim.Optimizer]]:
@@ -42,32 +38,27 @@ def _known() -> dict[str, type[torch.optim.Optimizer]]:
     return {name: each for name, each in classes.items() if name not in ("Optimizer", "LBFGS")}
 
 
-def own_optimizers(parts: Parts, tables: Mapping[str, Use]) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers of the components that step themselves, by component name."""
-    found, places = {}, _places(parts)
+def trainable(parts: Parts) -> list[nn.Parameter]:
+    """What the run's optimiser trains: student and components, without those that step themselves."""
+    components = parts.components()
+    own = {id(p) for _, c in components if c.own_optimizer is not None for p in c.parameters()}
+    owners = [c for name, c in components if not name.startswith("teacher.")]
+    found = {id(p): p for c in owners for p in c.parameters() if p.requires_grad and id(p) not in own}
+    if not found:
+        raise InputError("student.train", "nothing is left to train")
+    return list(found.values())
+
+
+def own_optimizers(parts: Parts, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
+    """The optimisers of the components that step themselves, by component name: the recipe's, or their own default."""
+    rows = [row for row in components(recipe) if "optimizer" in type(row[2]).model_fields]
+    tables = {place: getattr(table, "optimizer", None) for place, _, table in rows}
+    found = {}
     for name, component in parts.components():
-        place = f"{places.get(name, name)}.optimizer"
-        if component.own_optimizer is None:
-            if name in tables:
-                problem = "this component is trained by the run's optimiser"
-                raise InputError(place, problem, hint="take it out")
-            continue
+        table, place = tables.get(component.place), f"{component.place}.optimizer"
+        if component.own_optimizer is None and table is not None:
+            raise InputError(place, "this component is trained by the run's optimiser", hint="take it out")
         params = [p for p in component.parameters() if p.requires_grad]
-        if params:
-            found[name] = optimizer_of(tables.get(name, component.own_optimizer), params, place)
+        if component.own_optimizer is not None and params:
+            found[name] = optimizer_of(table or component.own_optimizer, params, place)
     return found
-
-
-def optimizer_tables(recipe: Recipe, parts: Parts) -> dict[str, Use]:
-    """The recipe's ``optimizer`` tables by component name."""
-    tables = {place: getattr(table, "optimizer", None) for place, _, table in components(recipe)}
-    return {name: table for name, place in _places(parts).items() if (table := tables.get(place))}
-
-
-def _places(parts: Parts) -> dict[str, str]:
-    """Component name -> place in the recipe: losses and augmentations stand there by number."""
-    augmentations = {
-        f"augmentation.{name}": f"augmentation.{i}" for i, name in enumerate(parts.augmentations)
-    }
-    losses = {f"loss.{slot.name}": f"loss.{i}" for i, slot in enumerate(parts.losses)}
-    return {"router": "router", **augmentations, **losses}

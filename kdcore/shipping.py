@@ -138,7 +138,7 @@ def _teachers(run: StageRun) -> dict[str, nn.Module]:
     """The run's teachers, with the weights that were trained in it."""
     builder, models = run.builder(), {}
     for name, table in run.recipe.teacher.items():
-        if not getattr(build.schema("teacher", table.use)[0], "live", True):
+        if not getattr(recipes.schema("teacher", table.use)[0], "live", True):
             continue  # a cache answers for its own samples alone, and may be gone by now
         teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
         trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
@@ -227,7 +227,7 @@ def _metric(task: Task, name: str) -> Any:
 
 
 def _provenance(folder: Path, run: StageRun, licence: str) -> dict[str, Any]:
-    from kdcore.api import versions
+    from kdcore.running import versions
 
     lock = (folder / "recipe.lock.toml").read_bytes()
     return {

@@ -33,5 +33,5 @@ def kd_stages() -> Iterator[Component]:
     yield Component(
         "distill", "kdcore.stages:Distill", "the standard procedure: teachers, student, evaluation"
     )
-    yield Component("rounds", "kdcore.stages:Rounds", "repeat a stage, each round with its own artefacts")
-    yield Component("collect", "kdcore.stages:Collect", "run a model over a split and keep what it says")
+    yield Component("rounds", "kdcore.rounds:Rounds", "repeat a stage, each round with its own artefacts")
+    yield Component("collect", "kdcore.rounds:Collect", "run a model over a split and keep what it says")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic.alias_generators import to_snake
 from torch import Tensor
 
 from kdcore.counts import Counts
 from kdcore.errors import InputError, nearest
-from kdcore.kinds import Terms
+from kdcore.kinds import Student, Terms, evaluating
 from kdcore.signature import import_string
+from kdcore.streams import aligned, viewed
 from kdcore.tables import TaskTable
 from kdcore.types import Batch, Outputs
 
@@ -47,7 +49,7 @@ class Task:
 
     def terms(self, outputs: Outputs, batch: Batch) -> Tensor | None:
         """Cross-entropy ([B], [B,L] or [B] averaged over pixels) or squared error [B]; None without labels."""
-        target = outputs.target if outputs.target is not None else batch.get("target")
+        target = target_of(outputs, batch)
         if self.table.use in ("own", "none") or target is None:
             return None
         if self.table.use == "language":
@@ -93,25 +95,25 @@ class Meter:
 
     def _make(self, name: str, classes: int | None) -> Any:
         kind = _metric_class(name)
-        if ":" in name or self.task.table.use == "regression" or name == "perplexity":
-            return kind(ignore_index=-100) if name == "perplexity" else kind()
+        if name == "perplexity":
+            return kind(ignore_index=-100)
+        if ":" in name or self.task.table.use == "regression":
+            return kind()
         if not classes:
-            raise InputError(
-                "data.source", f"metric {name!r} needs the number of classes", hint="set Data.classes"
-            )
-        options: dict[str, Any] = {"task": "multiclass", "num_classes": classes}
-        if name == "accuracy":
-            options["average"] = "micro"
-        if name in ("accuracy", "jaccard_index"):
-            options["ignore_index"] = -100
-        return kind(**options)
+            problem = f"metric {name!r} needs the number of classes"
+            raise InputError("data.source", problem, hint="set Data.classes")
+        options: dict[str, dict[str, Any]] = {
+            "accuracy": {"average": "micro", "ignore_index": -100},
+            "jaccard_index": {"ignore_index": -100},
+        }
+        return kind(task="multiclass", num_classes=classes, **options.get(name, {}))
 
     def update(self, inferred: Mapping[str, Tensor], outputs: Outputs, batch: Batch) -> None:
-        target = outputs.target if outputs.target is not None else batch.get("target")
-        if target is None:
+        """Nothing to judge where there is no target, or where a teacher infers nothing."""
+        target = target_of(outputs, batch)
+        if target is None or not inferred:
             return
-        prediction = inferred.get("logits", inferred.get("probabilities", next(iter(inferred.values()))))
-        prediction, target = prediction.detach().float().cpu(), target.cpu()
+        prediction, target = prediction_of(inferred).detach().float().cpu(), target.cpu()
         self.count += len(target)
         if self.task.table.use == "language":
             self._metrics = self._metrics or self._made(prediction.shape[-1])
@@ -130,9 +132,7 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         """By name, in the task's order; without labels there is nothing to say."""
-        found = (
-            {name: float(metric.compute()) for name, metric in self._metrics.items()} if self.count else {}
-        )
+        found = {name: float(each.compute()) for name, each in self._metrics.items() if self.count}
         if self._rows:
             found[LOSS] = self._loss / self._rows
         return {name: found[name] for name in self.task.metrics if name in found}
@@ -148,54 +148,61 @@ def _metric_class(name: str) -> Any:
         if not (isinstance(found, type) and issubclass(found, torchmetrics.Metric)):
             raise InputError("task.metrics", "is no torchmetrics.Metric", given=name)
         return found
-    classes = {_snake(n): getattr(torchmetrics, n) for n in torchmetrics.__all__ if n[0].isupper()}
+    classes = {to_snake(n): getattr(torchmetrics, n) for n in torchmetrics.__all__ if n[0].isupper()}
     classes["perplexity"] = Perplexity
     if name not in classes:
-        raise InputError(
-            "task.metrics",
-            "no such metric in torchmetrics",
-            given=name,
-            hint=nearest(name, classes) or "snake_case",
-        )
+        hint = nearest(name, classes) or "snake_case"
+        raise InputError("task.metrics", "no such metric in torchmetrics", given=name, hint=hint)
     return classes[name]
 
 
-def _snake(name: str) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
+def target_of(outputs: Outputs, batch: Batch) -> Tensor | None:
+    """The labels of a batch as its outputs are aligned with them."""
+    return outputs.target if outputs.target is not None else batch.get("target")
 
 
-def check_alignment(student: Outputs, teacher: Outputs, place: str) -> None:
-    """Class counts agree before anything is trained."""
-    if student.logits is None or teacher.logits is None:
-        return
-    mine, theirs = _classes(student.logits), _classes(teacher.logits)
-    if mine != theirs:
-        raise InputError(
-            place,
-            f"the teacher has {theirs} classes, the student {mine}",
-            hint="give both the same label list or vocabulary",
-        )
-
-
-def _classes(logits: Tensor) -> int:
-    return logits.shape[1] if logits.dim() in (2, 4) else logits.shape[-1]
+def prediction_of(inferred: Mapping[str, Tensor]) -> Tensor:
+    """What metrics take of what a model infers: its logits, probabilities, or the first that there is."""
+    first = next(iter(inferred.values()))
+    return inferred.get("logits", inferred.get("probabilities", first))
 
 
 @torch.no_grad()
-def evaluate(model: Any, loader: Any, task: Task, device: torch.device) -> dict[str, float]:
-    """The metrics of ``model.infer(model(batch))`` over a loader, in eval mode, which is put back."""
-    was_training = model.training
-    model.eval()
+def answers(
+    model: Any, loader: Iterable[Batch], device: torch.device, view: Mapping[str, str] | None = None
+) -> Iterator[tuple[Batch, Outputs]]:
+    """Each batch of a loader with what the model, behind its view, says of it in eval mode."""
+    with evaluating(model):
+        for batch in loader:
+            batch = batch.to(device)
+            mine = viewed(batch, view)
+            yield batch, aligned(model(mine), mine, view)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    loader: Iterable[Batch],
+    task: Task,
+    device: torch.device,
+    view: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """The metrics of what ``model`` infers over a loader; none of a teacher that infers nothing."""
     meter = task.meter()
-    for batch in loader:
-        batch = batch.to(device)
-        outputs = model(batch)
-        inferred = model.infer(outputs) if hasattr(model, "infer") else {"logits": outputs.logits}
-        meter.update(inferred, outputs, batch)
+    for batch, outputs in answers(model, loader, device, view):
+        meter.update(model.infer(outputs), outputs, batch)
         if LOSS in task.metrics:
-            own = model.task_loss(outputs, batch) if hasattr(model, "task_loss") else None
+            own = model.task_loss(outputs, batch) if isinstance(model, Student) else None
             terms = task.terms(outputs, batch) if own is None else own
             if terms is not None:
                 meter.add_loss(terms, outputs, batch)
-    model.train(was_training)
     return meter.compute()
+
+
+@torch.no_grad()
+def classes_of(
+    model: Any, loader: Iterable[Batch], device: torch.device, view: Mapping[str, str] | None = None
+) -> Tensor:
+    """[N], the class that a model infers of each sample; empty for a teacher that infers nothing."""
+    inferred = (model.infer(outputs) for _, outputs in answers(model, loader, device, view))
+    return torch.cat([torch.zeros(0), *(prediction_of(each).argmax(1) for each in inferred if each)])

@@ -13,12 +13,12 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from kdcore import Batch, InputError, Loss, Outputs, Router, Student, Teacher
-from kdcore.building import trainable
 from kdcore.context import RunContext
 from kdcore.data import Source
 from kdcore.distill import Distiller
 from kdcore.kinds import FunctionLoss
 from kdcore.losses import kd_loss
+from kdcore.optimizers import trainable
 from kdcore.parts import Parts, Slot
 from kdcore.tables import DataTable, TaskTable
 from kdcore.task import Task
@@ -120,7 +120,7 @@ def asked(distiller: Distiller, name: str) -> list[list[int]]:
 
 
 def wrapper(distiller: Distiller) -> OptimWrapper:
-    return OptimWrapper(torch.optim.SGD(trainable(distiller), lr=0.1))
+    return OptimWrapper(torch.optim.SGD(trainable(distiller.parts), lr=0.1))
 
 
 def test_each_teacher_runs_on_its_rows_only(make: Make, batch: Batch) -> None:

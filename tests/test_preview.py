@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcore import InputError, building
+from kdcore import InputError, building, optimizers
 from kdcore.distill import Distiller
 from kdcore.recipe import parse
 from kdcore.stages import StageRun
@@ -77,7 +77,7 @@ def test_it_is_what_forward_gets(prepared: Callable[..., Distiller]) -> None:
 def test_what_it_makes_is_trained(prepared: Callable[..., Distiller]) -> None:
     distiller = prepared()
     loss: Any = distiller.parts.losses[0].loss
-    assert any(p is loss.project.weight for p in building.trainable(distiller))
+    assert any(p is loss.project.weight for p in optimizers.trainable(distiller.parts))
 
 
 def test_models_are_left_as_they_were(prepared: Callable[..., Distiller], tiny: dict[str, Any]) -> None:

@@ -26,10 +26,8 @@ import torch.nn.functional as F
 from kdcore import engine
 from kdcore.data import Source
 from kdcore.datasets import TensorSet
-from kdcore.optimizers import optimizer_of
 from kdcore.recipe import parse
 from kdcore.stages import StageRun
-from kdcore.tables import Use
 from kdcore.types import Batch, Data
 from kdcore.zoo import conv_net
 
@@ -38,6 +36,7 @@ SIZES = {
     "about 2 ms": {"student": 4, "teacher": 8, "batch": 16},
 }
 TEMPERATURE = 4.0
+SGD = {"use": "SGD", "lr": 0.01, "momentum": 0.9}
 
 
 def images(*, count: int = 512) -> Data:
@@ -119,7 +118,7 @@ def recipe(size: dict[str, int]) -> dict[str, Any]:
         },
         "student": {"use": "module", "model": "kdcore.zoo:conv_net", "args": {"width": size["student"]}},
         "loss": [{"use": "kd", "temperature": TEMPERATURE}],
-        "train": {"epochs": 1000, "schedule": {"use": "constant"}},
+        "train": {"epochs": 1000, "schedule": {"use": "constant"}, "optimizer": SGD},
     }
 
 
@@ -130,10 +129,7 @@ def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], Any]:
     stage = StageRun(checked, "bench", folder)
     parts = build.assemble(checked, stage.source, stage.builder())
     distiller, _ = stage.context(parts)
-    use = Use(use="SGD", lr=0.01, momentum=0.9)  # type: ignore[call-arg]
-    job = engine.Fit(
-        distiller, stage.source, checked.train, folder, dict, lambda p: optimizer_of(use, p, "bench")
-    )
+    job = engine.Fit(distiller, stage.source, checked.train, folder, dict)
     return _iterating(engine.make_runner(job))
 
 

@@ -26,13 +26,13 @@ from kdcore.caching.layout import Layout
 from kdcore.caching.reader import HEAD, Cache
 from kdcore.caching.shards import Rows, Shard
 from kdcore.caching.shards import write as write_shard
-from kdcore.checkpoint import load_tensors, save_tensors
+from kdcore.checkpoint import save_tensors
 from kdcore.data import Key, Keyed, shard
 from kdcore.errors import InputError, RunError
 from kdcore.folder import difference
 from kdcore.kinds import Teacher
 from kdcore.progress import Progress
-from kdcore.stages import Distill, StageRun
+from kdcore.stages import StageRun, train_teacher
 from kdcore.tables import Recipe, StageTable
 from kdcore.types import Batch, Outputs, Unembed
 
@@ -83,10 +83,7 @@ class Recorder:
     def __init__(self, run: StageRun, name: str) -> None:
         self.recipe, self.name, self.source = run.recipe, name, run.source
         table = run.recipe.teacher[name]
-        trained: dict[str, Any] = {"teachers": {}}
-        weights = (
-            Distill()._teacher(run, name, trained, {}) if name in building.to_train(run.recipe) else None
-        )
+        trained = train_teacher(run, name)[0] if name in building.to_train(run.recipe) else None
         self.parts = building.assemble(run.recipe, run.source, run.builder())
         self.teacher: Teacher = self.parts.teachers[name]
         if not self.teacher.live or self.teacher.saved:
@@ -94,8 +91,8 @@ class Recorder:
                 f"teacher.{name}",
                 f"{table.use!r} changes during a run, or is cached already: nothing to keep",
             )
-        if weights is not None:
-            self.teacher.load_state_dict(load_tensors(weights, f"teacher.{name}"))
+        if trained is not None:
+            self.teacher.load_state_dict(trained.state_dict())
         self.weights = tensors_digest(dict(self.teacher.state_dict()))
         self.distiller, self.context = run.context(self.parts)
         self.needs = self._needs()

@@ -25,7 +25,7 @@ from kdcore.folder import tomlable
 from kdcore.report import read_metrics
 from kdcore.signals import graceful
 from kdcore.source import LOCK
-from kdcore.stages import Distill, StageRun
+from kdcore.stages import StageRun, train_teacher
 from kdcore.tables import DataTable, StageTable
 from kdcore.types import Data
 
@@ -69,7 +69,7 @@ def train_teachers(job: Job) -> None:
     with graceful():
         run = StageRun(recipes.parse(job.tree), "teacher", job.folder)
         for name in to_train(run.recipe):
-            Distill()._teacher(run, name, {"teachers": {}}, {})
+            train_teacher(run, name)
 
 
 def standard_stages(tree: dict[str, Any]) -> list[str]:

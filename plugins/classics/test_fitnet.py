@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import kdcore
 from kdcore import InputError
-from kdcore.building import trainable
 from kdcore.distill import Distiller
+from kdcore.optimizers import trainable
 
 Wave = Callable[..., Tensor]
 SetUp = Callable[..., Distiller]
@@ -84,7 +84,7 @@ def test_setup_makes_a_trained_regressor_that_is_not_shipped(set_up: SetUp, vari
     distiller = set_up({**TABLE, "variant": variant})
     loss: Any = distiller.parts.losses[0].loss
     assert loss.regressor[0].weight.shape == (6, 4, 1, 1)
-    trained = {id(p) for p in trainable(distiller)}
+    trained = {id(p) for p in trainable(distiller.parts)}
     assert {id(p) for p in loss.parameters()} <= trained
     shipped = distiller.student.parameters_to_ship()
     assert not [name for name in shipped if "regressor" in name]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import kdcore
 from kdcore import InputError, Outputs
 from kdcore import recipe as recipes
-from kdcore.building import assemble, trainable
+from kdcore.building import assemble
 from kdcore.checkpoint import load_tensors
 from kdcore.distill import Distiller
+from kdcore.optimizers import trainable
 from kdcore.shipping import load_student
 from kdcore.stages import StageRun
 from kdcore.testing import Oracle, check_oracle
@@ -243,7 +244,7 @@ def test_each_head_learns_from_its_own_term_alone(prepare: Prepare, head: str) -
             assert all((grad is not None) == (owner == name) for grad in grads)
         (shared,) = torch.autograd.grad(value, [next(student.parameters())], retain_graph=True)
         assert shared.abs().sum() > 0
-    assert {id(p) for p in loss.parameters()} <= {id(p) for p in trainable(distiller)}
+    assert {id(p) for p in loss.parameters()} <= {id(p) for p in trainable(distiller.parts)}
 
 
 def test_the_nonlinear_head_is_the_authors() -> None:

@@ -23,6 +23,7 @@ from kdcore.checkpoint import load_tensors
 from kdcore.distill import Distiller
 from kdcore.shipping import load_student
 from kdcore.stages import StageRun
+from kdcore.task import Task
 
 BACKBONE = {"use": "module", "model": "kdcore.zoo:mlp", "args": {"hidden": [8]}}
 RECIPE: dict[str, Any] = {
@@ -300,9 +301,8 @@ def test_a_run_tunes_on_tune_and_ships_the_rule(tmp_path: Path) -> None:
         z_ce, z_kd = (torch.cat([o[n] for o, _ in said]) for n in ("logits", "z_kd"))
     alpha, beta, accuracy = search(z_ce, z_kd, torch.cat([t for _, t in said]))
     assert (float(weights["alpha"]), float(weights["beta"])) == pytest.approx((alpha, beta))
-    assert run.evaluate(
-        student, assemble(run.recipe, run.source, run.builder(), with_losses=False).task, "tune"
-    )["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    task = Task(run.recipe.task, run.source.data.classes)
+    assert run.evaluate(student, task, "tune")["accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
     batch = next(iter(run.source.loader("val")))
     graph = torch.export.export(student.deploy().eval(), tuple(student.inputs(batch).values()))

@@ -20,11 +20,11 @@ from kd_plugin_hard.views import View
 from torch import Tensor, nn
 
 import kdcore
-from kdcore.building import assemble, trainable
+from kdcore.building import assemble
 from kdcore.checkpoint import load_tensors, newest_state
 from kdcore.distill import Distiller
 from kdcore.errors import InputError
-from kdcore.optimizers import own_optimizers
+from kdcore.optimizers import own_optimizers, trainable
 from kdcore.recipe import parse, read
 from kdcore.report import read_metrics
 from kdcore.stages import StageRun
@@ -111,7 +111,7 @@ def home(tmp_path: Path) -> Callable[..., tuple[Distiller, HARD]]:
         del table["teacher"]["main"]["train"], table["teacher"]["main"]["data"]
         stage = StageRun(parse(table), "distill", tmp_path)
         distiller, run = stage.context(assemble(stage.recipe, stage.source, stage.builder()))
-        run.optimizers, run.total_steps = own_optimizers(distiller.parts, {}), 100
+        run.optimizers, run.total_steps = own_optimizers(distiller.parts, stage.recipe), 100
         (augmentor,) = distiller.parts.augmentations.values()
         distiller.train()
         augmentor(run.source.sample(24))
@@ -238,7 +238,7 @@ def test_the_runs_optimiser_never_sees_the_views(home: Callable[..., Any]) -> No
     mine = {id(p) for p in augmentor.parameters()}
     assert mine
     assert all(p.requires_grad for p in augmentor.parameters())
-    assert not mine & {id(p) for p in trainable(distiller)}
+    assert not mine & {id(p) for p in trainable(distiller.parts)}
 
 
 @pytest.mark.parametrize(
