@@ -14,7 +14,8 @@ import torch
 from kdcore import kinds
 from kdcore.data import Source, key_seed
 from kdcore.errors import InputError, blame
-from kdcore.kinds import FunctionLoss, Kind, Loss, Student, Teacher, frozen, held
+from kdcore.function_loss import FunctionLoss
+from kdcore.kinds import Kind, Loss, Student, Teacher, frozen, held
 from kdcore.parts import Parts, Slot
 from kdcore.recipe import is_artefact, schema
 from kdcore.tables import LossTable, Recipe

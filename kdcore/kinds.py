@@ -6,19 +6,17 @@ component may have any event of ``kdcore.hookspecs.RunEvents``.
 
 from __future__ import annotations
 
-import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kdcore.errors import InputError
-from kdcore.types import CONVENTIONS, Batch, Outputs, TopK
+from kdcore.types import Batch, Outputs
 
 if TYPE_CHECKING:
     from kdcore.context import RunContext
@@ -53,7 +51,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class Kind(nn.Module):
+class Kind(nn.Module, ABC):
     """What all components have. ``reads``: names of outputs, ``student.NAME`` or ``teacher.NAME``."""
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -76,8 +74,9 @@ class Model(Kind):
     def model(self) -> nn.Module:
         return self
 
+    @abstractmethod
     def forward(self, batch: Batch) -> Outputs:
-        raise NotImplementedError(f"{type(self).__name__} has no forward(batch) -> Outputs")
+        """What the model says of a batch."""
 
     def infer(self, outputs: Outputs) -> dict[str, Tensor]:
         """The inference rule: what metrics judge, and what a student's exported graph returns. Nothing without logits."""
@@ -181,12 +180,11 @@ class Router(Kind):
         """Bool [B,K]: which teachers run on which samples. None: all on all."""
         return None
 
+    @abstractmethod
     def forward(
         self, batch: Batch, student: Outputs, teachers: Mapping[str, Outputs]
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError(
-            f"{type(self).__name__} has no forward(batch, student, teachers) -> weights"
-        )
+        """Weights [B,K], of teachers that ran on some rows only, too; terms of its own by name, each [B] or a scalar."""
 
 
 class Loss(Kind):
@@ -210,90 +208,9 @@ class Loss(Kind):
     all_streams: bool = False
     """Called once with the outputs of all streams by name, instead of once a stream."""
 
+    @abstractmethod
     def forward(self, student: Any, teacher: Any, batch: Batch) -> Terms:
-        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, batch)")
-
-
-class FunctionLoss(Loss):
-    """A plain function as a loss: positional arguments are tensors, bound by name.
-
-    ``student_NAME`` and ``teacher_NAME`` are outputs of the models, ``batch`` is the batch, any other
-    name is the student's aligned ``target`` or ``mask``, else a value of the batch.
-    """
-
-    def __init__(
-        self, function: Callable[..., Terms], tensors: tuple[str, ...], params: Mapping[str, Any]
-    ) -> None:
-        super().__init__()
-        self.function, self.params, self.tensors = function, dict(params), tensors
-        for name in CONVENTIONS:
-            setattr(self, name, getattr(function, name, getattr(Loss, name)))
-
-    def wants(self) -> tuple[str, ...]:
-        pairs = (name.partition("_") for name in self.tensors)
-        return tuple(f"{side}.{rest}" for side, _, rest in pairs if side in ("student", "teacher") and rest)
-
-    @property
-    def temperature(self) -> float | None:
-        """The temperature that the function will be called with; None where it has none."""
-        known = inspect.signature(self.function).parameters.get("temperature")
-        return None if known is None else float(self.params.get("temperature", known.default))
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
-        if teacher is not None and teacher.topk is not None and teacher.logits is None and self.topk:
-            return self._from_topk(student, teacher.topk, batch)
-        if student.logits is None and student.unembed is not None and "student_logits" in self.tensors:
-            return self._chunked(student, teacher, batch)
-        return self.function(*(_bound(name, student, teacher, batch) for name in self.tensors), **self.params)
-
-    def _from_topk(self, student: Outputs, topk: TopK, batch: Batch) -> Tensor:
-        """The same divergence where the teacher is known by its top k, taken at this loss's temperature."""
-        from kdcore.functional import from_topk
-
-        known = self.temperature
-        options = self.params if known is None else {**self.params, "temperature": known}
-        function: Any = partial(self.function, **options)
-        return from_topk(function, student, topk, temperature=known or 1.0)
-
-    def _chunked(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The same function on hidden states and output layers, without ever holding all logits."""
-        from kdcore.functional import chunked
-
-        if teacher.unembed is None:
-            raise InputError(
-                "loss", "the student gives hidden states, the teacher logits", hint="unembed = true on both"
-            )
-        sides = ("student_logits", "teacher_logits")
-        if self.tensors[: len(sides)] != sides:
-            raise InputError("loss", f"a loss on hidden states must begin with {sides}", given=self.tensors)
-        rest = {name: _bound(name, student, teacher, batch) for name in self.tensors[2:]}
-        assert student.unembed is not None
-        function: Any = self.function
-        return chunked(
-            function, student.unembed, teacher.unembed, student.mask, per_token=rest, **self.params
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(
-            [getattr(self.function, "__name__", "function"), *(f"{k}={v}" for k, v in self.params.items())]
-        )
-
-
-def _bound(name: str, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
-    side, _, rest = name.partition("_")
-    if rest and side == "student":
-        return student[rest]
-    if rest and side == "teacher":
-        return teacher[rest]
-    if name == "batch":
-        return batch
-    if name in ("target", "mask") and getattr(student, name) is not None:
-        return getattr(student, name)
-    if name == "mask" and name not in batch:
-        return None
-    if name not in batch:
-        raise InputError("loss", f"the loss needs {name!r}, which the batch lacks", allowed=sorted(batch))
-    return batch[name]
+        """``student`` and ``teacher`` are Outputs, or dicts of them (``joint``, ``all_streams``)."""
 
 
 class Augmentation(Kind):
@@ -317,8 +234,8 @@ class Augmentation(Kind):
         return None
 
 
-class Stage:
-    """A procedure. ``run(run)`` returns artefacts by name: paths of files, or JSON values."""
+class Stage(ABC):
+    """A procedure beyond the standard ``distill``."""
 
     def view(self, recipe: Any, artefacts: Mapping[str, Any]) -> Any:
         """The recipe as this stage lays it out, a function of the recipe and earlier artefacts alone.
@@ -327,15 +244,17 @@ class Stage:
         """
         return recipe
 
+    @abstractmethod
     def run(self, run: Any) -> dict[str, Any]:
-        raise NotImplementedError(f"{type(self).__name__} has no run(run) -> artefacts")
+        """Artefacts by name: paths of files, or JSON values. Trains only through ``run.fit``."""
 
 
-class Probe:
-    """An analysis of trained models. ``measure`` gives numbers or JSON values by name."""
+class Probe(ABC):
+    """An analysis of trained models."""
 
+    @abstractmethod
     def measure(self, run: Any, models: Mapping[str, nn.Module], data: Any) -> dict[str, Any]:
-        raise NotImplementedError(f"{type(self).__name__} has no measure(run, models, data)")
+        """Numbers or JSON values by name; ``models`` are in eval mode, ``data.loader(split)`` gives batches."""
 
 
 @dataclass
@@ -369,39 +288,15 @@ class ExportRequest:
     reference_metric: float | None = None
 
 
-class Exporter:
+class Exporter(ABC):
     """Turns a run's student into an artefact folder, or raises a KDError and leaves nothing there."""
 
+    @abstractmethod
     def export_request(self, request: ExportRequest, out: Path) -> dict[str, Any]:
         """Write the artefact to ``out``; returns rows for the report."""
-        raise NotImplementedError(f"{type(self).__name__} has no export_request(request, out)")
 
     def bench(
-        self,
-        artefact: Path,
-        student: nn.Module | None,
-        teacher: nn.Module | None,
-        *,
-        batches: Sequence[int],
-        threads: int,
+        self, artefact: Path, student: Any, teacher: Any, *, batches: Sequence[int], threads: int
     ) -> Any:
         """Latency and throughput of an artefact beside the torch modules; ``str()`` of it is the table."""
         raise NotImplementedError(f"{type(self).__name__} has no bench")
-
-
-def as_outputs(result: Any) -> Outputs:
-    """A model's answer as Outputs: a tensor is logits; of a mapping, known names are fields."""
-    if isinstance(result, Outputs):
-        return result
-    if isinstance(result, Tensor):
-        return Outputs(logits=result)
-    if isinstance(result, Mapping):
-        known = {key: result[key] for key in ("logits", "mask", "target", "unembed", "topk") if key in result}
-        return Outputs(
-            **known, tensors={k: v for k, v in result.items() if k not in known and torch.is_tensor(v)}
-        )
-    raise InputError(
-        "student",
-        f"the model returned {type(result).__name__}",
-        allowed="a tensor (logits), a dict of tensors, or kdcore.Outputs",
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcore.checkpoint import load_weights
 from kdcore.errors import InputError, KDError, cause
-from kdcore.kinds import Kind, Student, Teacher, as_outputs
+from kdcore.kinds import Kind, Student, Teacher
 from kdcore.signature import import_string, schema_of
 from kdcore.types import Batch, Outputs
 
@@ -128,3 +128,17 @@ class SelfTeacher(Teacher):
             mine.lerp_(theirs.detach().to(mine.dtype), 1 - self.decay)
         for kept, current in zip(self.copy.buffers(), student.buffers(), strict=True):
             kept.copy_(current)
+
+
+def as_outputs(result: Any) -> Outputs:
+    """A model's answer as Outputs: a tensor is logits; of a mapping, known names are fields."""
+    if isinstance(result, Outputs):
+        return result
+    if isinstance(result, Tensor):
+        return Outputs(logits=result)
+    if isinstance(result, Mapping):
+        known = {key: result[key] for key in ("logits", "mask", "target", "unembed", "topk") if key in result}
+        others = {key: v for key, v in result.items() if key not in known and isinstance(v, Tensor)}
+        return Outputs(**known, tensors=others)
+    allowed = "a tensor (logits), a dict of tensors, or kdcore.Outputs"
+    raise InputError("student", f"the model returned {type(result).__name__}", allowed=allowed)

@@ -184,7 +184,8 @@ def _only_light() -> Iterator[None]:
     hidden = {
         name: module
         for name, module in sys.modules.items()
-        if name.partition(".")[0] in HEAVY or (name.startswith("kdcore.") and hasattr(module, "torch"))
+        if name.partition(".")[0] in HEAVY
+        or (name.startswith("kdcore.") and any(hasattr(module, each) for each in ("torch", "Tensor", "nn")))
     }
     sys.modules.update(dict.fromkeys([*HEAVY, *hidden]))  # type: ignore[arg-type]
     try:

@@ -1,7 +1,7 @@
 """The signature is the schema: a component's parameters, checked by a pydantic model made from its signature.
 
 A class's typed arguments are its parameters. Of a plain loss function the keyword-only arguments are
-parameters; the positional ones are tensors, bound by name (``kdcore.kinds.FunctionLoss``).
+parameters; the positional ones are tensors, bound by name (``kdcore.function_loss.FunctionLoss``).
 """
 
 from __future__ import annotations

@@ -45,12 +45,14 @@ def separated(outputs: Outputs, parts: Mapping[str, Batch]) -> Streams:
 
 def joined(pieces: Sequence[Outputs]) -> Outputs:
     """What a model said of several batches as of one, detached."""
-    return _joined([piece.detach() for piece in pieces])
+    whole: Outputs = _joined([piece.detach() for piece in pieces])
+    return whole
 
 
 def gathered(outputs: Outputs) -> Outputs:
     """All ranks' outputs, differentiably."""
-    return replace(_joined([outputs], lambda values: parallel.gather(values[0])), rows=None)
+    whole: Outputs = _joined([outputs], lambda values: parallel.gather(values[0]))
+    return replace(whole, rows=None)
 
 
 def gathered_batch(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ from kdcore import Batch, InputError, Loss, Outputs, Router, Student, Teacher
 from kdcore.context import RunContext
 from kdcore.data import Source
 from kdcore.distill import Distiller
-from kdcore.kinds import FunctionLoss
+from kdcore.function_loss import FunctionLoss
 from kdcore.losses import kd_loss
 from kdcore.optimizers import trainable
 from kdcore.parts import Parts, Slot

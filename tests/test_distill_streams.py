@@ -17,7 +17,7 @@ from kdcore import Augmentation, Batch, InputError, Loss, Outputs, Student, Teac
 from kdcore.context import RunContext
 from kdcore.data import Order, Source
 from kdcore.distill import Distiller
-from kdcore.kinds import FunctionLoss
+from kdcore.function_loss import FunctionLoss
 from kdcore.losses import TaskLoss, kd_loss
 from kdcore.parts import Parts, Slot
 from kdcore.tables import DataTable, TaskTable

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdcore.errors import InputError, KDError
-from kdcore.kinds import FunctionLoss
+from kdcore.function_loss import FunctionLoss
 from kdcore.losses import kd_loss
 from kdcore.types import Batch, Outputs, Unembed, conventions
 

@@ -178,13 +178,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         "from torch import float32 as kept, nn",
         "from kdcore import Loss",
         "from kdcore.kinds import frozen",
+        "from kdcore.losses import kd_loss",
         "from .loss import helper",
     ],
 )
 def test_a_heavy_module_shows_though_torch_is_imported_already(
     line: str, package: Callable[[str], Entry]
 ) -> None:
-    importlib.import_module("kdcore.kinds")
+    importlib.import_module("kdcore.losses")
     (fault,) = plugins.discover([package(line)]).quarantine
     assert fault.phase == "import"
     assert "import it inside the component's own module" in fault.error
@@ -201,7 +202,7 @@ def test_a_light_module_stays_light_when_its_parts_are_imported_later(
 
 
 def test_what_is_hidden_from_light_modules_is_back_afterwards(package: Callable[[str], Entry]) -> None:
-    importlib.import_module("kdcore.kinds")
+    importlib.import_module("kdcore.losses")
     before = {n: m for n, m in sys.modules.items() if n.startswith(("torch", "kdcore"))}
     plugins.discover([package("import torch")])
     assert {n: m for n, m in sys.modules.items() if n.startswith(("torch", "kdcore"))} == before

@@ -17,7 +17,8 @@ from kdcore.context import RunContext
 from kdcore.data import Key, Keyed, Source
 from kdcore.errors import InputError, nearest
 from kdcore.folder import difference
-from kdcore.kinds import Augmentation, FunctionLoss
+from kdcore.function_loss import FunctionLoss
+from kdcore.kinds import Augmentation
 from kdcore.parts import Parts
 from kdcore.tables import Recipe
 from kdcore.types import Batch

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kdcore.building import Builder
-from kdcore.kinds import FunctionLoss, Loss
+from kdcore.function_loss import FunctionLoss
+from kdcore.kinds import Loss
 from kdcore.signature import import_string, schema_of
 from kdcore.testing.tensors import gradients, mapped, noise_where
 from kdcore.types import Batch, Outputs, Unembed
