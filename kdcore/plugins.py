@@ -107,10 +107,10 @@ def registry() -> Registry:
 def discover(entries: Iterable[Entry]) -> Registry:
     """Load each entry on its own and index what it declares."""
     found = Registry(offers={kind: {} for kind in HOOKS.values()})
-    allow, block = _names("KD_PLUGINS"), _names("KD_DISABLE_PLUGINS") or []
+    allow, block = (os.environ.get(name) for name in ("KD_PLUGINS", "KD_DISABLE_PLUGINS"))
     with _only_light():
         for entry in sorted(entries, key=lambda e: (e.distribution != GROUP, e.name, e.distribution)):
-            allowed = entry.name not in block and (allow is None or entry.name in allow)
+            allowed = (allow is None or entry.name in _names(allow)) and entry.name not in _names(block or "")
             if allowed or entry.distribution == GROUP:
                 found.entries.append(entry)
                 _load(entry, found)
@@ -119,9 +119,8 @@ def discover(entries: Iterable[Entry]) -> Registry:
     return found
 
 
-def _names(variable: str) -> list[str] | None:
-    text = os.environ.get(variable)
-    return None if text is None else [name.strip() for name in text.split(",")]
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _entry_points() -> list[Entry]:
@@ -203,10 +202,9 @@ def _hooked(module: ModuleType) -> pluggy.HookRelay:
     manager.register(module)
     manager.check_pending()
     hooks = {caller.name for caller in manager.get_hookcallers(module) or ()}
-    for name, value in list(vars(module).items()):
+    for name, value in vars(module).items():
         if name.startswith("kd_") and callable(value) and name not in hooks:
-            hint = nearest(name, set(HOOKS) - {name}) or ""
-            raise ValueError(f"{name} is no hook, or is not marked with @hookimpl. {hint}")
+            raise ValueError(f"{name} is not marked with @hookimpl")
     return manager.hook
 
 

@@ -33,12 +33,7 @@ def check(source: Source) -> Recipe:
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
     """The tables of a recipe: types and ranges; what refers to a teacher or a stage of the recipe exists."""
-    if not set(tree) - {"name"}:
-        hint = "it needs at least [data] and [student]; kd schema shows all"
-        raise InputError("", "the recipe is empty", hint=hint)
     recipe = check_model(Recipe, tree, "")
-    if recipe.data.use == "module" and not recipe.data.source:
-        raise InputError("data.source", "missing", allowed="package.module:callable")
     if "student" in recipe.teacher:
         raise InputError("teacher.student", "a teacher may not be called so", hint="it is the student's name")
     for name in recipe.teacher:

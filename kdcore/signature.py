@@ -106,12 +106,12 @@ def schema_of(target: Callable[..., Any], name: str, place: str = "", *, is_loss
         parameters = _parameters(target)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     binds = is_loss and not inspect.isclass(target)
-    tensors = [p.name for p in named if binds and p.kind is not p.KEYWORD_ONLY]
-    params = {p.name: p for p in named if p.name not in tensors}
-    for each in named:
-        if each.name in tensors and each.default is not _EMPTY and each.default is not None:
+    tensors = {p.name: p for p in named if binds and p.kind is not p.KEYWORD_ONLY}
+    for each in tensors.values():
+        if each.default is not _EMPTY and each.default is not None:
             problem = f"{name}: {each.name!r} has a default: a loss function's parameters follow a *"
             raise InputError(place, problem)
+    params = {p.name: p for p in named if p.name not in tensors}
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return Schema(name, params, tuple(tensors), is_open, inspect.getdoc(target) or "")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kdcore import catalog, plugins
-from kdcore.errors import InputError, blame, cause, nearest
+from kdcore.errors import InputError, blame, nearest
 from kdcore.hookspecs import GROUP
 
 MAX_BYTES = 1_000_000
@@ -136,28 +136,23 @@ def _refuse(where: str, slug: str) -> NoReturn:
     registry = plugins.registry()
     registry.refuse(slug, repr(slug), where)
     names = {entry.name for entry in registry.entries} | {c.name for _, _, c in registry.components()}
-    problem = "a folder, not a recipe" if os.path.isdir(where) else "no such recipe"
+    problem, hint = "no such recipe", nearest(slug, [*names, *catalog.methods(), *Path().glob("*.toml")])
     if slug in names:
-        problem = f"{slug!r} is installed and brings no recipe"
+        problem, hint = f"{slug!r} is installed and brings no recipe", None
+    elif os.path.isdir(where):
+        problem = "a folder, not a recipe"
     allowed = "a path to a .toml file, or SLUG:RECIPE of an installed plugin"
-    hint = nearest(where, [*names - {slug}, *catalog.methods(), *Path().glob("*.toml")])
     raise InputError(where, problem, allowed=allowed, hint=hint)
 
 
 def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
     """A file's text and tree."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+    with blame(str(path), "cannot be read as TOML"), path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise InputError(str(path), "too large for a recipe", allowed=f"at most {MAX_BYTES} bytes")
         text = raw.decode("utf-8-sig")
         return text, tomllib.loads(text)
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
-        what = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "valid TOML"
-        raise InputError(str(path), f"not {what}: {cause(error)}") from None
 
 
 def _origin(place: str, source: Source) -> str:

@@ -41,7 +41,10 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "wrong type": (lambda r: r["train"].update(epochs="three"), ["train.epochs", "'three'", "integer"]),
     "a bool is no number": (lambda r: r["train"].update(clip=True), ["train.clip"]),
     "out of range": (lambda r: r["train"].update(epochs=0), ["train.epochs", "0", "greater than 0"]),
-    "loss range": (lambda r: r["loss"][0].update(temperature=-1.0), ["loss.0.temperature", "-1.0", "greater than 0"]),
+    "loss range": (
+        lambda r: r["loss"][0].update(temperature=-1.0),
+        ["loss.0.temperature", "-1.0", "greater than 0"],
+    ),
     "loss key": (
         lambda r: r["loss"][0].update(temprature=2.0),
         ["loss.0.temprature", "did you mean 'temperature'?"],
@@ -145,10 +148,10 @@ def test_a_place_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("broken.toml", b"[data\nx = 1", "not valid TOML"),
-        ("empty.toml", b"", "empty"),
+        ("broken.toml", b"[data\nx = 1", "cannot be read as TOML: TOMLDecodeError"),
+        ("empty.toml", b"", "the recipe needs 'data'"),
         ("huge.toml", b"# " + b"x" * 10_000_000, "too large"),
-        ("latin.toml", b"name = '\xe9'", "UTF-8"),
+        ("latin.toml", b"name = '\xe9'", "utf-8"),
     ],
 )
 def test_files_that_are_no_recipes(
