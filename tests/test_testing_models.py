@@ -272,3 +272,13 @@ def test_fault_is_caught_by_its_check(
 ) -> None:
     findings = planted(tmp_path, kind, edits, without=["exports"])
     assert {f.check for f in findings if f.failed} == {name}, failures(findings)
+
+
+def test_an_inference_rule_without_names_is_told_in_words(tmp_path: Path) -> None:
+    """Not by an AttributeError of the check's own."""
+    bare = "def infer(self, outputs):\n        return outputs.logits\n\n    def named(self, outputs"
+    edits = [("def infer(self, outputs", bare)]
+    findings = planted(tmp_path, "student", edits, without=["exports"])
+    (finding,) = [each for each in findings if each.failed]
+    assert finding.check == "deploy"
+    assert finding.why == "infer() gives Tensor, not a dict of tensors by name"

@@ -57,9 +57,27 @@ class Planted(Augmentation):
         new["input"] = (1 - share) * batch["input"] + share * batch["input"].roll(1, 0)
         return new
 '''
-CODE = {"router": ROUTER, "augmentation": AUGMENTATION}
+GATE = '''
+class Planted(Router):
+    """A softmax of the student's logits, for fixed counts of classes and teachers."""
+
+    def __init__(self, *, classes: int = 10, count: int = 2) -> None:
+        super().__init__()
+        self.gate = nn.Linear(classes, count)
+
+    def forward(self, batch: Batch, student: Outputs, teachers: dict[str, Outputs]) -> Tensor:
+        return self.gate(student["logits"].detach()).softmax(-1)
+'''
+CODE = {"gate": GATE, "router": ROUTER, "augmentation": AUGMENTATION}
 GOOD = {
     **{kind: (kind, []) for kind in CODE},
+    "required counts": (
+        "gate",
+        [
+            ("classes: int = 10, count: int = 2", "classes: int, teachers: int"),
+            ("(classes, count)", "(classes, teachers)"),
+        ],
+    ),
     "weights of any sum": (
         "router",
         [(".softmax(-1)\n", ".sigmoid()\n"), ("    def plan", "    sums_to_one = False\n\n    def plan")],
@@ -193,7 +211,7 @@ def planted(
     package = folder / "planted" / "kd_plugin_planted"
     package.mkdir(parents=True)
     (package.parent / "pyproject.toml").write_text(PROJECT)
-    (package / "__init__.py").write_text(INIT.format(kind=kind))
+    (package / "__init__.py").write_text(INIT.format(kind=kind.replace("gate", "router")))
     (package / "part.py").write_text(HEAD + code)
     return check_plugin(package.parent, without=without)
 
