@@ -12,17 +12,8 @@ from collections.abc import Callable, Iterator
 
 from kdcore import plugins
 
-TOLD = (
-    "kdcore",
-    "torch",
-    "mmengine",
-    "torchmetrics",
-    "pydantic",
-    "pluggy",
-    "transformers",
-    "onnx",
-    "onnxruntime",
-)
+NEEDED = ("kdcore", "torch", "mmengine", "torchmetrics", "pydantic", "pluggy")
+OPTIONAL = ("transformers", "onnx", "onnxruntime")
 VARIABLES = ("KD_PLUGINS", "KD_DISABLE_PLUGINS", "OMP_NUM_THREADS", "WORLD_SIZE")
 
 
@@ -30,19 +21,17 @@ def report(echo: Callable[[str], object]) -> int:
     """Print versions, devices, plugins and problems; returns the number of problems."""
     import torch
 
-    echo(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
-    for name in TOLD:
-        echo(f"  {name:<14}{_version(name) or 'not installed'}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    echo(f"devices: {', '.join(devices) or 'cpu only'}; torch uses {torch.get_num_threads()} threads")
-    for variable in VARIABLES:
-        if variable in os.environ:
-            echo(f"  {variable}={os.environ[variable]}")
     registry = plugins.registry()
-    ready = len(registry.entries) - len(registry.quarantine)
-    echo(f"plugins: {ready} ready, {len(registry.blocked)} blocked")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     problems = [f"problem: {problem}" for problem in _problems(registry)]
-    for line in problems or ["no problems found"]:
+    for line in (
+        f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores",
+        *(f"  {name:<14}{_version(name) or 'not installed'}" for name in (*NEEDED, *OPTIONAL)),
+        f"devices: {', '.join(devices) or 'cpu only'}; torch uses {torch.get_num_threads()} threads",
+        *(f"  {variable}={os.environ[variable]}" for variable in VARIABLES if variable in os.environ),
+        f"plugins: {len(registry.entries) - len(registry.quarantine)} ready, {len(registry.blocked)} blocked",
+        *(problems or ["no problems found"]),
+    ):
         echo(line)
     return len(problems)
 
@@ -60,11 +49,10 @@ def _problems(registry: plugins.Registry) -> Iterator[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         remedy = "pip uninstall onnxruntime onnxruntime-gpu, then install one"
         yield f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {remedy}"
-    if importlib.util.find_spec("cv2") is not None:
+    if importlib.util.find_spec("cv2"):
         try:
             importlib.import_module("cv2")
         except ImportError as error:  # a missing libGL, mostly
             yield f"OpenCV, which mmengine imports, fails: {error}. pip install opencv-python-headless"
-    free = shutil.disk_usage(".").free
-    if free < 2**30:
+    if (free := shutil.disk_usage(".").free) < 2**30:
         yield f"only {free / 2**20:.0f} MiB are free here: checkpoints may not fit"

@@ -14,8 +14,8 @@ from kdcore.errors import InputError
 from kdcore.hookspecs import HOOKS
 
 TEMPLATES = Path(__file__).parent / "templates"
-TARGETS = {  # kind -> what its component is called in the code
-    "loss": "${name}_loss",
+TARGETS = {  # kind -> what its component is called in the code; rv-router is RvRouter, not RvRouterRouter
+    "loss": "${stem}_loss",
     "teacher": "${camel}Teacher",
     "student": "${camel}Student",
     "router": "${camel}Router",
@@ -44,22 +44,23 @@ def write(slug: str, kind: str, into: Path) -> Path:
     if folder.exists():
         raise InputError(str(folder), "exists already", hint="another --into, or another slug")
     for path, template in FILES.items():
-        target = folder / Template(path).substitute(names)
-        source = TEMPLATES / Template(f"{template}.tmpl").substitute(names)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(Template(source.read_text("utf-8")).substitute(names), "utf-8")
+        target, source = (Template(each).substitute(names) for each in (path, f"{template}.tmpl"))
+        text = Template((TEMPLATES / source).read_text("utf-8")).substitute(names)
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        (folder / target).write_text(text, "utf-8")
     return folder
 
 
 def _names(slug: str, kind: str) -> dict[str, str]:
     """What the templates' placeholders stand for."""
-    name, camel = slug.replace("-", "_"), "".join(part.capitalize() for part in slug.split("-"))
+    name, stem = (each.replace("-", "_") for each in (slug, slug.removesuffix(f"-{kind}")))
+    camel = "".join(map(str.capitalize, stem.split("_")))
     return {
         "slug": slug,
         "name": name,
         "module": f"kd_plugin_{name}",
         "kind": kind,
         "hook": next(hook for hook, each in HOOKS.items() if each == kind),
-        "target": Template(TARGETS[kind]).substitute(name=name, camel=camel),
+        "target": Template(TARGETS[kind]).substitute(stem=stem, camel=camel),
         "title": (catalog.method(slug) or {}).get("title", camel).partition(":")[0],
     }

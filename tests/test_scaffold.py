@@ -19,6 +19,19 @@ from kdcore.errors import InputError
 from kdcore.plugins import Entry
 
 
+@pytest.mark.parametrize(
+    ("slug", "kind", "target"),
+    [("rv-router", "router", "RvRouter"), ("soft-loss", "loss", "soft_loss"), ("loss", "loss", "loss_loss")],
+)
+def test_a_slug_that_ends_with_its_kind_does_not_double_it(
+    slug: str, kind: str, target: str, tmp_path: Path
+) -> None:
+    folder = scaffold.write(slug, kind, tmp_path)
+    module = f"kd_plugin_{slug.replace('-', '_')}"
+    assert f'"{module}.{kind}:{target}"' in (folder / module / "__init__.py").read_text("utf-8")
+    assert f" {target}(" in (folder / module / f"{kind}.py").read_text("utf-8")
+
+
 @pytest.mark.parametrize("kind", sorted(scaffold.TARGETS))
 def test_a_new_plugin_passes_its_own_tests(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
