@@ -113,12 +113,12 @@ def cache(
     ``options``: ``codec``, ``k``, ``mass``, ``dtype``. Returns the ``kdcore.caching.Cache``; its folder is the
     ``path`` of ``use = "cached"``. Goes on with what is there.
     """
-    from kdcore.caching import Options, write
+    from kdcore.caching import write
 
     with _opened(where, overrides, seed, plugins_only) as (_, recipe), graceful():
         recipes.check_signatures(recipe)
         folder = None if out is None else Path(out)
-        return write(recipe, folder, teacher, Options(**options), Progress(quiet))
+        return write(recipe, folder, teacher, options, Progress(quiet))
 
 
 def compare(*args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import kdcore
 from kdcore.caching import Cache, writer
-from kdcore.caching.shards import Rows, Shard, write
+from kdcore.caching.shards import Columns, Shard, write
 from kdcore.errors import InputError, RunError
 
 Tree = dict[str, Any]
@@ -65,12 +65,12 @@ def test_stopped_after_any_shard_and_run_again(
     for survived in (0, 1, 4, 6):
         folder, left = tmp_path / f"after-{survived}", [survived]
 
-        def once(path: Path, rows: Rows, identity: str, left: list[int] = left) -> None:
+        def once(path: Path, columns: Columns, identity: str, left: list[int] = left) -> None:
             if not left[0]:
                 path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
                 raise Killed
             left[0] -= 1
-            real(path, rows, identity)
+            real(path, columns, identity)
 
         monkeypatch.setattr(writer, "write_shard", once)
         with pytest.raises(Killed):
@@ -90,11 +90,11 @@ def test_gone_on_with_another_batch_size(
     whole = files(kdcore.cache(many, out=tmp_path / "whole").folder)
     real, left = writer.write_shard, [survived]
 
-    def some(path: Path, rows: Rows, identity: str) -> None:
+    def some(path: Path, columns: Columns, identity: str) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        real(path, rows, identity)
+        real(path, columns, identity)
 
     monkeypatch.setattr(writer, "write_shard", some)
     with suppress(KeyboardInterrupt):
@@ -176,7 +176,7 @@ def test_a_header_that_was_changed_is_found(change: str, many: Tree, tmp_path: P
     if change == "text":
         path.write_text(text[:-20])
     else:
-        old, new = {"digest": ('"weights": "', '"weights": "0'), "version": ("cache 1", "cache 9")}[change]
+        old, new = {"digest": ('"weights": "', '"weights": "0'), "version": ("cache 2", "cache 9")}[change]
         path.write_text(text.replace(old, new, 1))
     with pytest.raises(
         InputError, match="made by another version" if change == "version" else "a damaged header"
@@ -226,19 +226,17 @@ def _same(batch: Any) -> Any:
 
 
 def test_rows_of_several_lengths(tmp_path: Path) -> None:
-    lengths = torch.tensor([2, 0, 5, 1])
-    rows = Rows(
-        torch.arange(4),
-        torch.arange(10, 14),
-        {"a": torch.randn(8, 3), "b": torch.arange(4), "c": torch.randn(8).to(torch.bfloat16)},
-        {"a": lengths, "b": torch.ones(4, dtype=torch.int64), "c": lengths},
-    )
-    write(tmp_path / "shard.safetensors", rows, "me")
+    columns: Tree = {
+        "a": torch.randn(8, 3).split([2, 0, 5, 1]),
+        "b": torch.arange(4).split(1),
+        "c": torch.randn(8).to(torch.bfloat16).split([2, 0, 5, 1]),
+        "d": torch.zeros(0, 2).split([0, 0, 0, 0]),
+    }
+    write(tmp_path / "shard.safetensors", columns, "me")
     shard = Shard(tmp_path / "shard.safetensors", "me")
-    found = shard.rows(torch.tensor([3, 1, 2]))
-    assert torch.equal(torch.cat(found["a"]), rows.columns["a"][[7, 2, 3, 4, 5, 6]])
-    assert torch.equal(torch.cat(found["c"]), rows.columns["c"][[7, 2, 3, 4, 5, 6]])
-    assert torch.cat(found["b"]).tolist() == [3, 1, 2]
+    for place in (3, 1, 2):
+        row = shard.row(place)
+        assert all(torch.equal(row[name], pieces[place]) for name, pieces in columns.items())
 
 
 def test_the_command_line(many: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,3 +296,27 @@ def test_a_comparison_tells_caches_apart(many: Tree, tmp_path: Path) -> None:
         result = json.loads(next((tmp_path / f"run-{seed}").glob("stages/*/student/result.json")).read_text())
         prints.append(result["guards"]["fingerprint"]["teachers"])
     assert prints[0] != prints[1]
+
+
+def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(many: Tree, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from kdcore.caching.writer import _alone;"
+        "lock = _alone(Path(sys.argv[1])); lock.__enter__(); print('here', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "here\n"
+            with pytest.raises(InputError, match="another kd cache is at work here"):
+                kdcore.cache(many, out=tmp_path / "cache")
+        finally:
+            first.kill()
+    assert len(kdcore.cache(many, out=tmp_path / "cache")) == 100
+
+
+def test_a_refused_cache_leaves_no_folder(many: Tree, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no loss and no router"):
+        kdcore.cache({**many, "loss": []}, out=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

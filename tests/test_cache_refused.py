@@ -13,8 +13,8 @@ import torch
 
 import kdcore
 from kdcore.caching import Cache
-from kdcore.caching.header import files_of
-from kdcore.caching.keys import Watched, row_keys, tensors_digest
+from kdcore.caching.header import files_of, tensors_digest
+from kdcore.caching.keys import Watched, row_keys
 from kdcore.checkpoint import save_tensors
 from kdcore.errors import InputError
 from kdcore.types import Batch
@@ -135,7 +135,7 @@ def test_another_file_of_weights_under_the_same_name(recipe: Tree, tmp_path: Pat
     tree["teacher"]["main"]["checkpoint"] = str(moved)
     kdcore.run(tree, out=tmp_path / "elsewhere")
     save_tensors(moved, mlp(hidden=(16,)).state_dict())
-    refused(tree, tmp_path, "another teacher", "files.checkpoint")
+    refused(tree, tmp_path, "another teacher", "params.checkpoint")
 
 
 def test_a_top_k_of_another_temperature(recipe: Tree, tmp_path: Path) -> None:

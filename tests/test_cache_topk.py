@@ -12,6 +12,7 @@ from torch import Tensor
 from kdcore import Outputs, TopK, Unembed, functional
 from kdcore.caching import TopKCodec, log_error
 from kdcore.caching.layout import Layout
+from kdcore.caching.shards import Columns
 from kdcore.errors import InputError, RunError
 from kdcore.functional import from_topk, topk_rows
 from kdcore.losses import kd_loss
@@ -35,6 +36,11 @@ def nearest_tail(q: np.ndarray, ids: list[int], logp: np.ndarray, rest: float) -
         low, high = (low, c) if np.minimum(c * q[others], p[ids].min()).sum() > math.exp(rest) else (c, high)
     p[others] = np.minimum(c * q[others], p[ids].min())
     return p
+
+
+def joined(rows: Columns) -> dict[str, Tensor]:
+    """Columns as a cache gives them back."""
+    return {name: torch.cat([*pieces]) for name, pieces in rows.items()}
 
 
 @pytest.fixture
@@ -214,8 +220,8 @@ def test_hidden_states_that_were_rounded_meet_an_output_layer_that_was_not() -> 
     hidden, weight = torch.randn(3, 4, generator=draw), torch.randn(20, 4, generator=draw)
     layout = Layout.of(Outputs(unembed=Unembed(hidden, weight)), ["logits"], None, "bfloat16")
     ids = torch.arange(3)
-    kept = layout.rows(ids, ids, Outputs(unembed=Unembed(hidden, weight)))
-    found = layout.outputs(kept.columns, 3, Unembed(hidden[:0], weight))
+    rows = layout.columns(ids, ids, Outputs(unembed=Unembed(hidden, weight)))
+    found = layout.outputs(joined(rows), 3, Unembed(hidden[:0], weight))
     assert torch.equal(found["unembed"].logits(), hidden.bfloat16().float() @ weight.T)
 
 
@@ -223,10 +229,21 @@ def test_logits_and_the_output_layer_are_both_kept() -> None:
     hidden, weight = torch.randn(3, 4), torch.randn(20, 4)
     outputs = Outputs(logits=torch.randn(3, 20), unembed=Unembed(hidden, weight))
     layout, ids = Layout.of(outputs, ["logits", "unembed"], None, None), torch.arange(3)
-    found = layout.outputs(layout.rows(ids, ids, outputs).columns, 3, Unembed(hidden[:0], weight))
+    found = layout.outputs(joined(layout.columns(ids, ids, outputs)), 3, Unembed(hidden[:0], weight))
     assert found.unembed is not None
     assert torch.equal(found.unembed.hidden, hidden)
     assert torch.equal(found["logits"], outputs["logits"])
+
+
+def test_a_tapped_module_may_be_called_as_an_output_is() -> None:
+    hidden, weight, tapped = torch.randn(3, 4), torch.randn(20, 4), torch.randn(3, 2)
+    outputs = Outputs(unembed=Unembed(hidden, weight), tensors={"hidden": tapped, "id": tapped + 1})
+    layout, ids = Layout.of(outputs, ["logits", "hidden", "id"], None, None), torch.arange(3)
+    found = layout.outputs(joined(layout.columns(ids, ids, outputs)), 3, Unembed(hidden[:0], weight))
+    assert torch.equal(found["hidden"], tapped)
+    assert torch.equal(found["id"], tapped + 1)
+    assert found.unembed is not None
+    assert torch.equal(found.unembed.hidden, hidden)
 
 
 def test_a_token_of_128256_classes_takes_149_bytes() -> None:

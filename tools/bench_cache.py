@@ -33,7 +33,6 @@ import kdcore
 from kdcore import api, building, functional
 from kdcore import recipe as recipes
 from kdcore.caching import TopKCodec
-from kdcore.caching.codec import unpacked
 from kdcore.stages import StageRun
 
 VOCABULARY = 128_256
@@ -167,11 +166,11 @@ def step_rows(folder: Path, rounds: int) -> Iterator[Row]:
         cache = kdcore.cache(tree, out=folder / name, codec=codec)
         seconds = time.perf_counter() - began
         data = torch.arange(len(cache))
-        tokens = int(sum(unpacked(shard.columns["mask"]).sum() for shard in cache.shards))
+        tokens = int(sum(shard.columns["mask"].sum() for shard in cache.shards))
         size = sum(path.stat().st_size for path in cache.folder.glob("shard-*"))
         began = time.perf_counter()
         for part in data[torch.randperm(len(data))].split(8):
-            cache.layout.outputs(cache.read(part), len(part), cache.head)
+            cache.decoded(part)
         read = time.perf_counter() - began
         yield {
             "way": name,

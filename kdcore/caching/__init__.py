@@ -6,5 +6,4 @@
 from kdcore.caching.codec import TopKCodec as TopKCodec
 from kdcore.caching.codec import log_error as log_error
 from kdcore.caching.reader import Cache as Cache
-from kdcore.caching.writer import Options as Options
 from kdcore.caching.writer import write as write

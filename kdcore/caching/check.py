@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdcore import parallel
 from kdcore.caching import header as headers
 from kdcore.caching.keys import row_keys
 from kdcore.caching.reader import Cache
-from kdcore.context import RunContext
 from kdcore.data import Key, Keyed, Source
 from kdcore.errors import InputError, nearest
 from kdcore.folder import difference
-from kdcore.function_loss import FunctionLoss
 from kdcore.kinds import Augmentation
-from kdcore.parts import Parts
+from kdcore.parts import Parts, Slot
+from kdcore.source import leaves
+from kdcore.streams import viewed
 from kdcore.tables import Recipe
 from kdcore.types import Batch
 
 ALL_BELOW, SAMPLES = 4096, 256  # data sets up to the first are compared whole, of larger ones so many samples
+OF_RUN = {  # key of the header -> place in the recipe, and what is another one
+    "view": ("teacher.{}.view", "another view"),
+    "precision": ("train.precision", "another precision"),
+    "vocabulary": ("data", "another vocabulary"),
+    "data": ("data", "other data"),
+    "augmentation": ("augmentation", "another augmentation"),
+}
 
 
 def same_teacher(
@@ -31,113 +36,100 @@ def same_teacher(
 ) -> None:
     """The keys that the recipe still has of the live teacher, and the weights that it pins."""
     made, table = cache.header["teacher"], recipe.teacher[name]
-    if weights is not None and weights != made["weights"]:
-        _refuse(
-            cache,
-            f"teacher.{name}.weights",
-            "another teacher",
-            f"weights: {made['weights']!r} -> {weights!r}",
-        )
     for key in expected:
         if key not in made["params"]:
             hint = nearest(key, [*made["params"], "path", "weights"])
             problem = "neither a key of use = 'cached' nor one of the teacher that the cache was made with"
             raise InputError(f"teacher.{name}.{key}", problem, given=expected[key], hint=hint)
-    now = {"params": _plain(expected), "files": headers.files_of(expected)}
+    files = headers.files_of(expected)  # the same file under another path is the same file
+    params = {key: made["params"][key] for key in expected}
+    now: dict[str, Any] = {"params": dict(leaves(headers.plain(expected))) | files}
+    then = {"params": dict(leaves(params)) | {place: made["files"].get(place) for place in files}}
     if table.train is not None:
-        now |= {"train": _plain(table.train), "data": _plain(table.data), "seed": recipe.seed}
-    then = {key: made[key] for key in now}
-    then["params"] = {key: made["params"][key] for key in expected}
-    then["files"] = {key: made["files"].get(key) for key in now["files"]}
-    for key in now["files"]:  # the same file under another path is the same file
-        if now["files"][key] == then["files"][key]:
-            _put(then["params"], key, _get(now["params"], key))
-    _compare(cache, f"teacher.{name}", "another teacher", then, now)
+        now |= {"train": table.train, "data": table.data, "seed": recipe.seed}
+    if weights is not None:
+        now["weights"] = weights
+    _compare(cache, f"teacher.{name}", "another teacher", {key: made[key] for key in now} | then, now)
 
 
-def same_run(cache: Cache, run: RunContext, parts: Parts, name: str) -> None:
-    """View, precision, data, vocabulary and augmentation."""
-    recipe, header = run.recipe, cache.header
-    _compare(cache, f"teacher.{name}.view", "another view", header["view"], dict(parts.views.get(name, {})))
-    if recipe is not None and recipe.train.precision != header["precision"]:
-        change = f"{header['precision']!r} -> {recipe.train.precision!r}"
-        _refuse(cache, "train.precision", "another precision", f"precision: {change}")
-    _compare(cache, "data", "another vocabulary", header["vocabulary"], headers.vocabulary_of(run.source))
-    _compare(cache, "data", "other data", header["data"], headers.data_of(run.source.table, run.source))
-    made = header["augmentation"]
+def same_run(cache: Cache, recipe: Recipe, source: Source, parts: Parts, name: str) -> None:
+    """View, precision, vocabulary, data and augmentation."""
+    made = cache.header["augmentation"]
     changing = [n for n, each in parts.augmentations.items() if changes_inputs(each)]
     if made is None and changing:
         problem = f"changes inputs, and the cache {cache.folder} was made without it"
         raise InputError(f"augmentation {changing[0]}", problem, hint="kd cache again with this recipe")
-    if made is not None and recipe is not None:
-        now = headers.augmentation_of(recipe, made["streams"], made["steps"])
-        _compare(cache, "augmentation", "another augmentation", made, now or {})
-        if made["tables"] and parallel.world() > 1:
-            raise InputError("augmentation", "each process draws its own, and the cache was made by one")
+    streams, steps = (made["streams"], made["steps"]) if made else ([], 0)
+    now = headers.of_run(recipe, source, name, streams, steps)
+    for key, (place, what) in OF_RUN.items():
+        _compare(cache, place.format(name), what, {key: cache.header[key]}, {key: now[key]})
+    if made is not None and made["tables"] and parallel.world() > 1:
+        raise InputError("augmentation", "each process draws its own, and the cache was made by one")
 
 
 def same_samples(cache: Cache, source: Source, view: Mapping[str, str]) -> None:
     """The samples at each position of each stream: their ids, and what the teacher reads of them."""
-    for name, rows in cache.order.items():
-        data = source.streams[name]
-        step = 1 if len(data) <= ALL_BELOW else len(data) // SAMPLES
-        places = list(range(0, len(data), step))
-        for start in range(0, len(places), SAMPLES):
-            here = places[start : start + SAMPLES]
-            batch = Keyed({name: data}, source.seed).__getitems__([Key(name, 0, place) for place in here])
-            _same_rows(cache, name, here, rows[here], viewed(batch, view))
+    for name, first in cache.streams.items():
+        count = len(source.streams[name])
+        places = torch.arange(0, count, 1 if count <= ALL_BELOW else count // SAMPLES)
+        for here in places.split(SAMPLES):
+            batch = viewed(samples(source, name, here.tolist()), view)
+            change = _other_samples(cache, name, here, first + here, batch)
+            if change:
+                _refuse(cache, "data.source", *change)
 
 
-def _same_rows(cache: Cache, stream: str, places: list[int], rows: Tensor, batch: Batch) -> None:
+def _other_samples(
+    cache: Cache, stream: str, places: torch.Tensor, rows: torch.Tensor, batch: Batch
+) -> tuple[str, str] | None:
     ids = cache.ids[rows]
     if not torch.equal(ids, batch["id"]):
         first = int((ids != batch["id"]).int().argmax())
-        change = f"position {places[first]} of {stream!r} holds sample {int(batch['id'][first])}, not {int(ids[first])}"
-        _refuse(cache, "data.source", "another order, or other samples", change)
-    same = cache.keys[rows] == row_keys(batch, cache.header["inputs"])
-    if not bool(same.all()):
-        sample, names = int(ids[int(same.int().argmin())]), ", ".join(cache.header["inputs"])
-        change = (
-            f"sample {sample} has another {names}, in {int((~same).sum())} of {len(same)} samples compared"
-        )
-        _refuse(cache, "data.source", "other content", change)
+        change = f"position {places[first]} of {stream!r} holds sample {batch['id'][first]}, not {ids[first]}"
+        return "another order, or other samples", change
+    other = cache.keys[rows] != row_keys(batch, cache.header["inputs"])
+    if bool(other.any()):
+        names, sample = ", ".join(cache.header["inputs"]), ids[int(other.int().argmax())]
+        change = f"sample {sample} has another {names}, in {other.sum()} of {len(ids)} samples compared"
+        return "other content", change
+    return None
 
 
 def same_losses(cache: Cache, parts: Parts, name: str) -> None:
     """Every loss that hears this teacher reads what the cache keeps, and can read a top k of that temperature."""
-    codec, kept = cache.layout.codec, set(cache.layout.shapes)
-    kept |= {"logits", "unembed"} if "hidden" in kept else set()
+    kept, codec = cache.layout.kept, cache.layout.codec
+    for slot, names in readings(parts, name):
+        if missing := sorted(names - kept):
+            problem = f"reads {missing[0]!r} of the teacher, which the cache does not keep"
+            hint = "kd cache with this recipe"
+            raise InputError(f"loss {slot.name}", problem, allowed=sorted(kept), hint=hint)
+    own = None if codec is None else temperature(parts, name)
+    if codec is not None and own not in (None, codec.temperature):
+        change = f"temperature: {codec.temperature:g} -> {own:g}"
+        _refuse(cache, "loss", "another temperature", change)
+
+
+def readings(parts: Parts, name: str) -> Iterator[tuple[Slot, set[str]]]:
+    """Each loss that hears a teacher, and what it reads of it."""
     for slot in (each for each in parts.losses if name in each.teachers):
         renamed = slot.reads.get("teacher", {})
-        wants = {
-            renamed.get(n, n)
-            for n in (w.partition(".")[2] for w in slot.loss.wants() if w.startswith("teacher."))
-        }
-        if "logits" in wants and codec is not None:
-            _takes_topk(cache, slot.name, slot.loss, codec.temperature)
-            wants -= {"logits"}
-        if missing := sorted(wants - kept):
-            problem = f"reads {missing[0]!r} of the teacher, which the cache does not keep"
-            raise InputError(
-                f"loss {slot.name}", problem, allowed=sorted(kept), hint="kd cache with this recipe"
-            )
-    if codec is not None and name in parts.routed:
-        raise InputError("router", "reads logits, the cache keeps their top k", hint="kd cache --codec full")
+        sides = (want.partition(".") for want in slot.loss.wants())
+        yield slot, {renamed.get(each, each) for side, _, each in sides if side == "teacher"}
 
 
-def _takes_topk(cache: Cache, name: str, loss: Any, temperature: float) -> None:
-    if not loss.topk:
-        problem = "needs all logits of its teacher, and the cache keeps their top k"
-        raise InputError(f"loss {name}", problem, given=str(cache.folder), hint="kd cache --codec full")
-    own = temperature_of(loss)
-    if own != temperature:
-        _refuse(cache, f"loss {name}", "another temperature", f"temperature: {temperature:g} -> {own:g}")
-
-
-def temperature_of(loss: Any) -> float:
-    """The temperature at which a loss takes its teacher's probabilities."""
-    own = loss.temperature if isinstance(loss, FunctionLoss) else getattr(loss, "temperature", None)
-    return 1.0 if own is None else float(own)
+def temperature(parts: Parts, name: str) -> float | None:
+    """The one at which all that read a teacher's logits take its top k; InputError where one of them cannot."""
+    hint, found = "kd cache --codec full", set()
+    if name in parts.routed:
+        raise InputError("router", "needs all logits of its teachers", hint=hint)
+    for slot in (slot for slot, names in readings(parts, name) if "logits" in names):
+        if not slot.loss.topk:
+            raise InputError(f"loss {slot.name}", "needs all logits of its teacher, not a top k", hint=hint)
+        found.add(float(getattr(slot.loss, "temperature", None) or 1.0))
+    if len(found) > 1:
+        problem = "losses of several temperatures: a top k is taken at one"
+        raise InputError("loss", problem, given=sorted(found), hint=hint)
+    return found.pop() if found else None
 
 
 def changes_inputs(augmentation: Augmentation) -> bool:
@@ -145,33 +137,17 @@ def changes_inputs(augmentation: Augmentation) -> bool:
     return augmentation.changes_inputs and type(augmentation).forward is not Augmentation.forward
 
 
-def viewed(batch: Batch, view: Mapping[str, str]) -> Batch:
-    mine = batch.copy()
-    mine.update({key: batch[source] for key, source in view.items()})
-    return mine
+def samples(source: Source, stream: str, places: Iterable[int]) -> Batch:
+    """The samples at these positions of a stream, as a batch of the first cycle has them."""
+    keys = [Key(stream, 0, place) for place in places]
+    return Keyed({stream: source.streams[stream]}, source.seed).__getitems__(keys)
 
 
 def _compare(cache: Cache, place: str, what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if change := difference(then, _plain(now)):
+    if change := difference(then, headers.plain(now)):
         _refuse(cache, place, what, change)
 
 
 def _refuse(cache: Cache, place: str, what: str, change: str) -> None:
     problem = f"the cache {cache.folder} was made with {what} ({change})"
     raise InputError(place, problem, hint="kd cache again with this recipe, or undo the change")
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _get(tree: Any, path: str) -> Any:
-    for step in path.split("."):
-        tree = tree[int(step) if isinstance(tree, list) else step]
-    return tree
-
-
-def _put(tree: Any, path: str, value: Any) -> None:
-    before, _, last = path.rpartition(".")
-    tree = _get(tree, before) if before else tree
-    tree[int(last) if isinstance(tree, list) else last] = value

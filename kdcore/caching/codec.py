@@ -8,6 +8,7 @@ from 0 to the token's least, finer bits for the ``HEAD`` largest, that least one
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -56,49 +57,44 @@ class TopKCodec:
         ids = count * (low + 1) + ((self.classes - 1) >> low)
         return -(-(ids + count * COARSE + min(count, HEAD) * FINE + LEAST + REST) // 8)
 
+    def widths(self, sizes: Tensor) -> Tensor:
+        """Bytes of each token, int64, by its place in ``counts``."""
+        return torch.tensor([self.width(count) for count in self.counts], device=sizes.device)[sizes.long()]
+
     def encode(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[N, V] logits as bytes, one token after the other, and each token's place in ``counts`` [N], uint8."""
-        parts = [self._encoded(part) for part in logits.split(max(CHUNK // self.classes, 1))]
-        data, sizes = zip(*parts, strict=True) if parts else ((), ())
-        nothing = torch.zeros(0, dtype=torch.uint8)
-        return torch.cat([nothing, *data]), torch.cat([nothing, *sizes])
-
-    def _encoded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         top, ids, rest = self._top(logits)
         sizes = self._sizes(top)
-        start, total = self._places(sizes)
-        data = torch.zeros(total, dtype=torch.uint8)
-        for kind, count in enumerate(self.counts):
-            rows = (sizes == kind).nonzero().flatten()
-            if not len(rows):
-                continue
-            here = rows.to(top.device)
+        data = torch.zeros(int(self.widths(sizes).sum()), dtype=torch.uint8)
+        for count, tokens, places in self._groups(sizes):
+            here = tokens.to(top.device)
             left_out = top[here, count:].logsumexp(-1)  # joins the rest; -inf where there is none
-            coded = self._encode(ids[here, :count], top[here, :count], torch.logaddexp(rest[here], left_out))
-            data[start[rows].unsqueeze(1) + torch.arange(self.width(count))] = coded.cpu()
+            joined = torch.logaddexp(rest[here], left_out)
+            data[places] = self._encode(ids[here, :count], top[here, :count], joined).cpu()
         return data, sizes
 
-    def _places(self, sizes: Tensor) -> tuple[Tensor, int]:
-        """Where each token's bytes start, and how many there are in all."""
-        widths = torch.tensor([self.width(count) for count in self.counts], device=sizes.device)[sizes.long()]
-        return widths.cumsum(0) - widths, int(widths.sum())
-
-    def decode(self, data: Tensor, sizes: Tensor) -> TopK:
+    def decode(self, data: Tensor, sizes: Tensor | None = None) -> TopK:
         """What ``encode`` was given, [N, k]: an absent entry is -inf and repeats the id of the token's first one."""
-        start, _ = self._places(sizes)
+        if sizes is None or self.mass is None:  # all have k
+            return TopK(*self._decode(data.view(-1, self.width(self.k)), self.k))
         ids = torch.zeros(len(sizes), self.k, dtype=torch.int64, device=data.device)
         logp = torch.full((len(sizes), self.k), -math.inf, device=data.device)
         rest = torch.zeros(len(sizes), device=data.device)
-        for kind, count in enumerate(self.counts):
-            rows = (sizes == kind).nonzero().flatten() if len(self.counts) > 1 else slice(None)
-            first = start[rows]
-            if not len(first):
-                continue
-            strings = data[first.unsqueeze(1) + torch.arange(self.width(count), device=data.device)]
-            some, logp[rows, :count], rest[rows] = self._decode(strings, count)
-            ids[rows] = some[:, :1]
-            ids[rows, :count] = some
+        for count, tokens, places in self._groups(sizes):
+            some, logp[tokens, :count], rest[tokens] = self._decode(data[places], count)
+            ids[tokens] = some[:, :1]
+            ids[tokens, :count] = some
         return TopK(ids, logp, rest)
+
+    def _groups(self, sizes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(count, tokens [n], places of their bytes [n, width]) for each count that some token has."""
+        widths = self.widths(sizes)
+        start = widths.cumsum(0) - widths
+        for kind, count in enumerate(self.counts):
+            tokens = (sizes == kind).nonzero().flatten()
+            if len(tokens):
+                within = torch.arange(self.width(count), device=sizes.device)
+                yield count, tokens, start[tokens].unsqueeze(1) + within
 
     def _top(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and ids of the top k, falling, and the log-probability of all others."""
@@ -127,9 +123,7 @@ class TopKCodec:
         ids, order = ids.sort(-1)
         unit = (logp.gather(-1, order) / -_scale(least)).clamp(0, 1)
         high = (ids >> low) + torch.arange(count, device=ids.device)
-        unary = torch.zeros(
-            len(ids), count + ((self.classes - 1) >> low), dtype=torch.uint8, device=ids.device
-        )
+        unary = ids.new_zeros(len(ids), count + ((self.classes - 1) >> low), dtype=torch.uint8)
         unary.scatter_(-1, high, 1)
         steps = 2**COARSE - 1
         coarse = (unit * steps).round().long()
@@ -186,7 +180,8 @@ def _integers(bits: Tensor, width: int) -> Tensor:
     if not width:
         return bits.new_zeros(len(bits), 1, dtype=torch.int64)
     powers = torch.exp2(_shifts(width, bits.device).float())
-    return (bits.reshape(-1, width).float() @ powers).long().view(len(bits), -1)  # below 2^24: exact
+    values = (bits.reshape(-1, width).float() @ powers).long()  # below 2^24: exact
+    return values.view(len(bits), bits.shape[1] // width)
 
 
 def packed(bits: Tensor) -> Tensor:

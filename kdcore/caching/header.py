@@ -6,26 +6,38 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdcore import plugins
-from kdcore.caching.keys import file_digest
 from kdcore.checkpoint import write_json
 from kdcore.data import Source
 from kdcore.errors import InputError
-from kdcore.tables import DataTable, Recipe, TeacherTable
+from kdcore.source import leaves
+from kdcore.tables import Recipe
 
-FILE, VERSION = "cache.json", 1
-SAME = ("teacher", "vocabulary", "data", "view", "augmentation", "codec", "outputs", "inputs", "precision")
+FILE, FORMAT = "cache.json", "kdcore.cache 2"
+SAME = ("teacher", "vocabulary", "data", "view", "augmentation", "layout", "inputs", "precision")
+MIB = 2**20
+SAMPLED = 64  # MiB of a large file that enter its digest, evenly spaced
 
 
-def data_of(table: DataTable, source: Source) -> dict[str, Any]:
-    """What decides the samples: the source and its arguments, files that these name, the streams' sizes."""
-    return {
+def of_run(
+    recipe: Recipe, source: Source, teacher: str, replayed: Collection[str], steps: int
+) -> dict[str, Any]:
+    """What a run asks its teacher about and how. ``replayed`` are the streams whose samples change in its ``steps``."""
+    table, data = source.table, source.data
+    said: dict[str, Any] = {"view": recipe.teacher[teacher].view, "precision": recipe.train.precision}
+    said["vocabulary"] = {
+        "classes": data.classes,
+        "labels": None if data.labels is None else _digest(list(data.labels)),
+        "tokenizer": None if data.tokenizer is None else _digest(data.tokenizer),
+    }
+    said["data"] = {
         "source": table.source if table.use == "module" else "ids",
         "args": table.args,
         "tune": table.tune,
@@ -33,20 +45,20 @@ def data_of(table: DataTable, source: Source) -> dict[str, Any]:
         "files": files_of(table.args),
         "samples": {name: len(stream) for name, stream in source.streams.items()},
     }
-
-
-def vocabulary_of(source: Source) -> dict[str, Any]:
-    """Digests of what ids and classes mean, where the data say it."""
-    data = source.data
-    return {
-        "classes": data.classes,
-        "labels": None if data.labels is None else _digest(list(data.labels)),
-        "tokenizer": None if data.tokenizer is None else _digest(data.tokenizer),
+    changing = {
+        "tables": [each.model_dump(exclude_none=True) for each in recipe.augmentation],
+        "streams": replayed,
+        "seed": recipe.seed,
+        "batch_size": table.batch_size,
+        "steps": steps,
     }
+    said["augmentation"] = changing if replayed else None
+    return dict(plain(said))
 
 
-def teacher_of(name: str, table: TeacherTable, recipe: Recipe, weights: str) -> dict[str, Any]:
+def teacher_of(name: str, recipe: Recipe, weights: str) -> dict[str, Any]:
     """How the teacher is built, and a digest of the weights that it then has."""
+    table = recipe.teacher[name]
     entry, _ = plugins.registry().find("teacher", table.use)
     return {
         "name": name,
@@ -61,33 +73,15 @@ def teacher_of(name: str, table: TeacherTable, recipe: Recipe, weights: str) -> 
     }
 
 
-def augmentation_of(recipe: Recipe, replayed: list[str], steps: int) -> dict[str, Any] | None:
-    """What decides the inputs of streams whose samples change from step to step; None where none does."""
-    if not replayed:
-        return None
-    return {
-        "tables": [each.model_dump(exclude_none=True) for each in recipe.augmentation],
-        "streams": replayed,
-        "seed": recipe.seed,
-        "batch_size": recipe.data.batch_size,
-        "steps": steps,
-    }
-
-
-def files_of(params: Mapping[str, Any] | list[Any], place: str = "") -> dict[str, str]:
-    """Digests of the files and folders that parameters name, by the parameter's place (a list's by number)."""
-    found: dict[str, str] = {}
-    for key, value in params.items() if isinstance(params, Mapping) else enumerate(params):
-        if isinstance(value, Mapping | list):
-            found |= files_of(value, f"{place}{key}.")
-        elif isinstance(value, str) and ("/" in value or "." in value) and os.path.exists(value):
-            found[f"{place}{key}"] = file_digest(Path(value))
-    return found
+def files_of(params: Mapping[str, Any]) -> dict[str, str]:
+    """What the files and folders that parameters name hold, by the parameter's place."""
+    named = ((place, value) for place, value in leaves(params) if isinstance(value, str))
+    return {place: f"content {file_digest(Path(value))}" for place, value in named if os.path.exists(value)}
 
 
 def identity(header: Mapping[str, Any]) -> str:
     """What the shards of this cache carry, so that they are taken for no other's."""
-    return _digest([header["format"], *(header[key] for key in SAME)])
+    return _digest([FORMAT, *(header[key] for key in (*SAME, "cut"))])
 
 
 def made_with() -> dict[str, str]:
@@ -102,22 +96,61 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if found["format"] != f"kdcore.cache {VERSION}":
-            problem = f"made by another version: {found['format']}"
-            raise InputError(str(path), problem, hint="kd cache makes it again in another folder")
-        if found["digest"] != _digest({k: v for k, v in found.items() if k != "digest"}):
+        if found["format"] != FORMAT:
+            hint = "kd cache makes it again in another folder"
+            raise InputError(str(path), f"made by another version: {found['format']}", hint=hint)
+        if found.pop("digest") != _digest(found):
             raise ValueError("its digest is another one")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(str(path), f"a damaged header: {error}", hint="kd cache makes it anew") from None
+        hint = "remove it, and kd cache, run again, makes it anew from the shards"
+        raise InputError(str(path), f"a damaged header: {error}", hint=hint) from None
     return found
 
 
 def write(folder: Path, header: Mapping[str, Any]) -> None:
-    tree = {"format": f"kdcore.cache {VERSION}", **header}
-    plain = json.loads(json.dumps(tree))
-    write_json(folder / FILE, {**plain, "digest": _digest(plain)})
+    tree = plain({"format": FORMAT, **header})
+    write_json(folder / FILE, {**tree, "digest": _digest(tree)})
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's size and content, or of all files of a folder; of a large one 64 MiB are read, evenly spaced."""
+    state = hashlib.blake2b(digest_size=16)
+    if path.is_dir():
+        for each in sorted(p for p in path.rglob("*") if p.is_file()):
+            state.update(f"{each.relative_to(path)} {file_digest(each)}".encode())
+        return state.hexdigest()
+    size = path.stat().st_size
+    state.update(str(size).encode())
+    step = MIB if size <= SAMPLED * MIB else -(-(size - MIB) // (SAMPLED - 1))
+    with path.open("rb") as file:
+        for place in range(0, size, step):
+            file.seek(place)
+            state.update(file.read(MIB))
+    return state.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Of all bits of a state dict: tensors, and what else modules put there (extra state, packed weights)."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tensors.items()):
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            value = tensors_digest({str(key): each for key, each in value.items()})
+        if isinstance(value, Tensor):
+            value = value.dequantize() if value.is_quantized else value
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            state.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            state.update(f"{name} {value!r}".encode())
+    return state.hexdigest()

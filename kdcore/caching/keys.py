@@ -8,9 +8,8 @@ tensors' own bytes, on their device: a checksum against mistakes, not against fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,67 +18,40 @@ from torch import Tensor
 from kdcore.errors import InputError
 from kdcore.types import Batch
 
-MIB = 2**20
-SAMPLED = 64  # MiB of a large file that enter its digest, evenly spaced
-
 
 class Watched(Batch):
-    """A batch that notes which of its values are read; whoever copies or lists it has read all."""
+    """A batch that notes in ``read`` which of its values are read; whoever copies or lists it has read all."""
 
     def __init__(self, batch: Batch) -> None:
         super().__init__(batch, batch.parts)
         self.read: set[str] = set()
 
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        if key in self:
-            self.read.add(key)
-        return super().get(key, default)
+def _noting(name: str, read_all: bool) -> Callable[..., Any]:
+    method = getattr(Batch, name)
 
-    def pop(self, key: str, *default: Any) -> Any:
-        self.read.add(key)
-        return super().pop(key, *default)
+    def noting(self: Watched, *args: Any) -> Any:
+        self.read.update(key for key in dict.keys(self) if read_all or key == args[0])
+        return method(self, *args)
 
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return super().setdefault(key, default)
+    return noting
 
-    def _all(self) -> None:
-        self.read.update(super().keys())
 
-    def __iter__(self) -> Iterator[str]:
-        self._all()
-        return super().__iter__()
-
-    def keys(self) -> Any:
-        self._all()
-        return super().keys()
-
-    def values(self) -> Any:
-        self._all()
-        return super().values()
-
-    def items(self) -> Any:
-        self._all()
-        return super().items()
-
-    def copy(self) -> Batch:
-        return Batch(self.items(), self.parts)
+for _name in ("__getitem__", "get", "pop", "setdefault"):
+    setattr(Watched, _name, _noting(_name, read_all=False))
+for _name in ("__iter__", "__or__", "__ror__", "keys", "values", "items", "copy"):
+    setattr(Watched, _name, _noting(_name, read_all=True))
 
 
 def row_keys(batch: Batch, names: Iterable[str]) -> Tensor:
     """int64 [B], on the CPU, from ``id`` and the values of these names."""
-    if "id" not in batch:
-        raise InputError("data.source", "its batches have no 'id', which a cache finds its rows by")
-    found = _mixed(batch["id"].to(torch.int64))
-    for name in sorted(names):
+    found = torch.zeros((), dtype=torch.int64)
+    for name in ["id", *sorted(names)]:
         if name not in batch:
-            raise InputError("data.source", f"the batch has no {name!r}", allowed=sorted(batch))
+            problem = f"the batch has no {name!r}, which a cache finds its rows by"
+            raise InputError("data.source", problem, allowed=sorted(batch))
         rows, kind = _row_sums(batch[name])
-        found = _mixed((found ^ _number(name, *kind)) + rows.to(found.device))
+        found = _mixed((found.to(rows.device) ^ _number(name, *kind)) + rows)
     return found.cpu()
 
 
@@ -120,36 +92,3 @@ def _signed(value: int) -> int:
 
 def _number(*values: Any) -> int:
     return _signed(int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big"))
-
-
-def file_digest(path: Path) -> str:
-    """Of a file's size and content, or of all files of a folder; of a large one 64 MiB are read, evenly spaced."""
-    state = hashlib.blake2b(digest_size=16)
-    if path.is_dir():
-        for each in sorted(p for p in path.rglob("*") if p.is_file()):
-            state.update(f"{each.relative_to(path)} {file_digest(each)}".encode())
-        return state.hexdigest()
-    size = path.stat().st_size
-    state.update(str(size).encode())
-    with path.open("rb") as file:
-        for part in range(SAMPLED) if size > SAMPLED * MIB else [-1]:
-            file.seek(max(part, 0) * (size - MIB) // (SAMPLED - 1))
-            state.update(file.read(MIB if part >= 0 else -1))
-    return state.hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, Any]) -> str:
-    """Of all bits of a state dict: tensors, and what else modules put there (extra state, packed weights)."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(tensors.items()):
-        if isinstance(value, Mapping | list | tuple):
-            inner = value if isinstance(value, Mapping) else dict(enumerate(value))
-            value = tensors_digest({str(key): each for key, each in inner.items()})
-        if not isinstance(value, Tensor):
-            state.update(f"{name} {value!r}".encode())
-            continue
-        value = value.dequantize() if value.is_quantized else value
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        state.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return state.hexdigest()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcore.caching import check
+from kdcore.caching.layout import NAMED
 from kdcore.caching.reader import Cache
 from kdcore.errors import InputError
-from kdcore.kinds import Teacher
+from kdcore.kinds import Teacher, evaluating
 from kdcore.types import Batch, Outputs
 
 
@@ -30,7 +31,8 @@ class CachedTeacher(Teacher):
         self.cache = Cache(Path(path))
         self.weights, self.expected = weights, teacher
         self.skeleton = _Place()
-        self.places = {path.removesuffix(".in"): None for path in self.cache.header["taps"]}
+        named = [name.removeprefix(NAMED) for name in self.cache.layout.shapes if name.startswith(NAMED)]
+        self.places = dict.fromkeys(name.removesuffix(".in") for name in named)
         for path in self.places:
             _grow(self.skeleton, path.split("."))
 
@@ -42,13 +44,13 @@ class CachedTeacher(Teacher):
         """Refuse whatever differs between the cache and the run, with the difference in words."""
         parts = self.run._distiller.parts  # the core's own: what a run is made of is nobody else's affair
         name = next(name for name, each in parts.teachers.items() if each is self)
-        if self.run.recipe is not None:
-            check.same_teacher(self.cache, self.run.recipe, name, self.expected, self.weights)
-        check.same_run(self.cache, self.run, parts, name)
+        recipe, source = self.run.recipe, self.run.source
+        assert recipe is not None  # a stage's run has one
+        check.same_teacher(self.cache, recipe, name, self.expected, self.weights)
+        check.same_run(self.cache, recipe, source, parts, name)
         check.same_losses(self.cache, parts, name)
-        check.same_samples(self.cache, self.run.source, parts.views.get(name, {}))
-        if self.cache.layout.codec is not None:
-            self._check_classes(self.cache.layout.codec.classes, name)
+        check.same_samples(self.cache, source, parts.views.get(name, {}))
+        self._check_classes(name)
 
     def on_epoch(self) -> None:
         made = self.cache.header["augmentation"]
@@ -59,25 +61,20 @@ class CachedTeacher(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         outputs = self.cache.outputs(batch)
         for path in self.places:  # for the taps, which listen to modules
-            module: Any = self.skeleton.get_submodule(path)
-            module._said = outputs.tensors.get(path)
-            module(outputs.tensors.get(f"{path}.in", module._said))
+            said, given = (outputs.tensors.get(name) for name in (path, f"{path}.in"))
+            self.skeleton.get_submodule(path)(said if given is None else given, said)
         return outputs
 
-    @torch.no_grad()
-    def _check_classes(self, classes: int, name: str) -> None:
+    def _check_classes(self, name: str) -> None:
         """A top k says nothing of classes beyond its own, and a student with more would not notice."""
-        student = self.run.student
-        was_training = student.training
-        student.eval()
-        try:
-            sample = self.run.sample
+        if (codec := self.cache.layout.codec) is None:
+            return
+        student, sample = self.run.student, self.run.sample
+        with torch.no_grad(), evaluating(student):
             said = self.run.ask("student", sample.part(sample.streams[0]))
-        finally:
-            student.train(was_training)
         have = len(said.unembed.weight) if said.logits is None and said.unembed else said["logits"].shape[-1]
-        if have != classes:
-            problem = f"the student has {have} classes, the cached teacher {classes}"
+        if have != codec.classes:
+            problem = f"the student has {have} classes, the cached teacher {codec.classes}"
             raise InputError(f"teacher.{name}", problem, hint="give both the same label list or vocabulary")
 
     def get_extra_state(self) -> dict[str, str]:
@@ -89,12 +86,10 @@ class CachedTeacher(Teacher):
 
 
 class _Place(nn.Module):
-    """A module of the live teacher that a loss reads: gives back what it said, so that hooks on it are called."""
+    """A module of the live teacher that a loss reads: called, so that taps hear what it was given and said."""
 
-    _said: Tensor | None = None  # nothing public here: a module of the teacher may have any name
-
-    def forward(self, value: Tensor) -> Tensor:
-        return value if self._said is None else self._said
+    def forward(self, given: Tensor | None, said: Tensor | None) -> Tensor | None:
+        return said
 
 
 def _grow(place: nn.Module, path: list[str]) -> None:

@@ -1,0 +1,136 @@
+"""A live teacher in a prepared run: which batches it is asked about, what it says, and what it reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdcore import building
+from kdcore.caching.check import changes_inputs, samples
+from kdcore.caching.header import tensors_digest
+from kdcore.caching.keys import Watched
+from kdcore.data import Keyed
+from kdcore.errors import InputError
+from kdcore.stages import StageRun, train_teacher
+from kdcore.streams import viewed, with_tensors
+from kdcore.types import Batch, Outputs
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batches of a stream, or (``stream`` None) steps of the run, of which the last is its dry run."""
+
+    stream: str | None
+    first: int
+    last: int
+
+
+@dataclass
+class Said:
+    """One answer of the teacher, with what it was asked, and the names of the values that it read."""
+
+    batch: Batch
+    outputs: Outputs
+    read: set[str]
+
+
+class Recorder:
+    """A live teacher in a prepared run, asked batch by batch. ``sizes`` are the batch sizes, by stream."""
+
+    def __init__(self, run: StageRun, name: str) -> None:
+        self.name, self.recipe, self.source, place = name, run.recipe, run.source, f"teacher.{name}"
+        trained = train_teacher(run, name)[0] if name in building.to_train(run.recipe) else None
+        self.parts = building.assemble(run.recipe, run.source, run.builder())
+        self.teacher = self.parts.teachers[name]
+        if not self.teacher.live or self.teacher.saved:
+            use = run.recipe.teacher[name].use
+            raise InputError(place, f"{use!r} changes during a run, or is cached already: nothing to keep")
+        if trained is not None:
+            self.teacher.load_state_dict(trained.state_dict())
+        self.weights = tensors_digest(self.teacher.state_dict())
+        self.distiller, self.run = run.context(self.parts)
+        train_table, self.run.steps_per_epoch = run.recipe.train, self.run.order.steps_per_epoch
+        self.run.total_steps = train_table.steps or (train_table.epochs or 1) * self.run.steps_per_epoch
+        if any(each.grad_through for _, each in self.parts.components()):
+            raise InputError(place, "a component sends gradient through it: a cache cannot")
+        self.needs = self.parts.needs.get(name, set())
+        if not self.needs:
+            raise InputError(place, "no loss and no router of the recipe reads it")
+        self.sizes = run.source.batch_sizes
+        changing = self._changing()
+        streams = run.source.streams.items()
+        self.replayed = [stream for stream, data in streams if changing or hasattr(data, "augment")]
+
+    def _changing(self) -> list[str]:
+        """The augmentations that make other inputs: as in the run, if they do not learn from it."""
+        found = [name for name, each in self.parts.augmentations.items() if changes_inputs(each)]
+        for name in found:
+            each, events = self.parts.augmentations[name], ("before_step", "after_step", "on_epoch")
+            if each.own_optimizer is not None or any(hasattr(type(each), event) for event in events):
+                problem = "what it makes of a sample depends on the training: no cache can hold it"
+                raise InputError(f"augmentation {name}", problem)
+        return found
+
+    @torch.no_grad()
+    def ask(self, part: Batch) -> Said:
+        """What the teacher says, as a step of the run would ask it: precision, view, taps and all."""
+        batch, taps = viewed(part, self.parts.views[self.name]), self.parts.taps.get(self.name)
+        watched, outputs = Watched(batch), Outputs()
+        stop = taps is not None and self.needs <= set(taps.names)
+        precision, dtypes = self.recipe.train.precision, {"bf16": torch.bfloat16, "fp16": torch.float16}
+        autocast = torch.autocast(self.run.device.type, dtypes.get(precision), precision in dtypes)
+        self.distiller.train()
+        reading: Any = nullcontext({}) if taps is None else taps.reading(stop=stop)
+        with autocast, reading as seen:
+            outputs = self.teacher(watched)
+        return Said(batch, with_tensors(outputs, seen), watched.read - {"id"})
+
+    def work(self, together: int) -> list[Part]:
+        """All there is to ask, in parts of so many batches or steps: samples that never change are asked about once."""
+        counts: dict[str | None, int] = {}
+        for name, data in self.source.streams.items():
+            if name not in self.replayed:
+                counts[name] = -(-len(data) // self.sizes[name])
+        if self.replayed:
+            counts[None] = self.run.total_steps + 1
+        return [
+            Part(name, first, min(first + together, count))
+            for name, count in counts.items()
+            for first in range(0, count, together)
+        ]
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        """A part's batches, of one stream each, on the device."""
+        for place in range(part.first, part.last):
+            if part.stream is None:
+                yield from self._step(place)
+                continue
+            size = self.sizes[part.stream]
+            last = min((place + 1) * size, len(self.source.streams[part.stream]))
+            yield samples(self.source, part.stream, range(place * size, last)).to(self.run.device)
+
+    def _step(self, step: int) -> list[Batch]:
+        """What the run sees in a step; in its dry run, a few samples as they are and as they are augmented."""
+        run, dry = self.run, step == self.run.total_steps
+        self.distiller.train(not dry)
+        run.step = 0 if dry else step
+        run.order.begin_epoch(run.epoch)
+        if dry:
+            run.reseed("dry run")
+            batch = run.sample
+        else:
+            run.reseed("step", step, shared=False)
+            keys = run.order.keys(step)
+            batch = Keyed(self.source.streams, self.source.seed).__getitems__(keys).to(run.device)
+        raw = batch
+        for augmentation in self.parts.augmentations.values():
+            batch = augmentation(batch)
+        return [*(self._replayed(raw) if dry else []), *self._replayed(batch)]
+
+    def _replayed(self, batch: Batch) -> list[Batch]:
+        names = batch.streams if batch.parts else tuple(self.source.streams)
+        return [batch.part(name) for name in names if name in self.replayed]
