@@ -14,56 +14,14 @@ from kdcore.hookspecs import hookimpl
 from kdcore.types import Batch, Component, Data, Outputs, TopK, Unembed, conventions
 
 if TYPE_CHECKING:  # the lazy names, as a type checker has them
-    from kdcore.api import build as build
-    from kdcore.api import cache as cache
-    from kdcore.api import check as check
-    from kdcore.api import compare as compare
-    from kdcore.api import export as export
-    from kdcore.api import run as run
-    from kdcore.kinds import Augmentation as Augmentation
-    from kdcore.kinds import Exporter as Exporter
-    from kdcore.kinds import Loss as Loss
-    from kdcore.kinds import Probe as Probe
-    from kdcore.kinds import Router as Router
-    from kdcore.kinds import Stage as Stage
-    from kdcore.kinds import Student as Student
-    from kdcore.kinds import Teacher as Teacher
-    from kdcore.kinds import frozen as frozen
+    from kdcore.api import build, cache, check, compare, export, run
+    from kdcore.kinds import Augmentation, Exporter, Loss, Probe, Router, Stage, Student, Teacher, frozen
 
 __version__ = "0.1.0"
-
-_LAZY = {
-    "run": "api",
-    "check": "api",
-    "build": "api",
-    "cache": "api",
-    "export": "api",
-    "compare": "api",
-    "Augmentation": "kinds",
-    "Exporter": "kinds",
-    "Loss": "kinds",
-    "Probe": "kinds",
-    "Router": "kinds",
-    "Stage": "kinds",
-    "Student": "kinds",
-    "Teacher": "kinds",
-    "frozen": "kinds",
-}
-
-__all__ = [  # noqa: PLE0604 - the lazy names are strings
-    "Batch",
-    "Component",
-    "Data",
-    "InputError",
-    "KDError",
-    "Outputs",
-    "TopK",
-    "Unembed",
-    "conventions",
-    "hookimpl",
-    "lazy",
-    *_LAZY,
-]
+__all__ = ["Batch", "Component", "Data", "InputError", "KDError", "Outputs", "TopK", "Unembed"]
+__all__ += ["conventions", "hookimpl", "lazy"]
+__all__ += ["build", "cache", "check", "compare", "export", "run"]
+__all__ += ["Augmentation", "Exporter", "Loss", "Probe", "Router", "Stage", "Student", "Teacher", "frozen"]
 
 
 def lazy(package: str, **modules: str) -> Callable[[str], Any]:
@@ -81,4 +39,6 @@ def lazy(package: str, **modules: str) -> Callable[[str], Any]:
     return find
 
 
-__getattr__ = lazy(__name__, **_LAZY)
+_API = dict.fromkeys(("build", "cache", "check", "compare", "export", "run"), "api")
+_KINDS = ("Augmentation", "Exporter", "Loss", "Probe", "Router", "Stage", "Student", "Teacher", "frozen")
+__getattr__ = lazy(__name__, **_API, **dict.fromkeys(_KINDS, "kinds"))

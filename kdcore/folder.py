@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from kdcore.checkpoint import replacing
-from kdcore.errors import InputError, KDError
+from kdcore.errors import InputError, RunError
 from kdcore.source import LOCK, MADE_FROM, Source, leaves
 
 DRAFT = re.compile(r"\..*\.tmp$")  # of a process that was killed while it wrote
@@ -26,7 +26,7 @@ PLAIN = (str, bool, int, float, datetime.date, datetime.time)
 
 def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool:
     """Make the run folder with its lock, or join the run that is there. True where there was none before."""
-    lock, tree = folder / LOCK, tomlable(source.tree)
+    lock, tree, made = folder / LOCK, tomlable(source.tree), False
     # where modules beside the recipe are found when the run is resumed or exported
     origin = f"{MADE_FROM}{source.folder}\n" if source.path and "\n" not in source.path else ""
     try:
@@ -39,15 +39,13 @@ def open_folder(folder: Path, source: Source, resume: bool, force: bool) -> bool
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error.strerror or "") from None
-    try:
         with replacing(lock) as draft:
             draft.write_text(origin + tomli_w.dumps(tree), "utf-8")
-    except KDError as error:
+    except (OSError, RunError) as error:
         if made:
             discard(folder)
-        raise _unwritable(folder, str(error)) from None
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise InputError(str(folder), f"cannot be written: {reason}", hint="name another --out") from None
     return made
 
 
@@ -60,23 +58,30 @@ def discard(folder: Path) -> None:
 
 
 def portable(value: Any, folder: Path) -> Any:
-    """Artefacts as they are written down: paths inside the run folder without the place where it stands."""
-    if isinstance(value, Mapping):
-        return {key: portable(each, folder) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(each, folder) for each in value]
-    text = str(value) if isinstance(value, str | os.PathLike) else ""
-    return INSIDE + text.removeprefix(f"{folder}/") if text.startswith(f"{folder}/") else value
+    """Artefacts as they are written down: the run folder, and paths in it, without the place where it stands."""
+
+    def shown(each: Any) -> Any:
+        inside = isinstance(each, str | os.PathLike) and f"{each}/".startswith(f"{folder}/")
+        return INSIDE + str(each).removeprefix(str(folder)).lstrip("/") if inside else each
+
+    return _mapped(value, shown)
 
 
 def placed(value: Any, folder: Path) -> Any:
     """``portable`` undone, where the run folder stands now."""
-    if isinstance(value, Mapping):
-        return {key: placed(each, folder) for key, each in value.items()}
-    if isinstance(value, list):
-        return [placed(each, folder) for each in value]
-    inside = isinstance(value, str) and value.startswith(INSIDE)
-    return str(folder / value.removeprefix(INSIDE)) if inside else value
+
+    def there(each: Any) -> Any:
+        inside = isinstance(each, str) and each.startswith(INSIDE)
+        return str(folder / each.removeprefix(INSIDE)) if inside else each
+
+    return _mapped(value, there)
+
+
+def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Every value of nested tables and arrays changed."""
+    if isinstance(tree, Mapping):
+        return {key: _mapped(each, change) for key, each in tree.items()}
+    return [_mapped(each, change) for each in tree] if isinstance(tree, list | tuple) else change(tree)
 
 
 @contextmanager
@@ -131,7 +136,3 @@ def _read(lock: Path) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise InputError(str(lock), "damaged: it is no TOML", hint="name another --out") from None
-
-
-def _unwritable(folder: Path, reason: str) -> InputError:
-    return InputError(str(folder), f"cannot be written: {reason}", hint="name another --out")

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdcore.checkpoint import load_weights
-from kdcore.errors import InputError, KDError, cause
-from kdcore.kinds import Kind, Student, Teacher
+from kdcore.errors import InputError, blame
+from kdcore.kinds import Kind, Student, Teacher, evaluating
 from kdcore.signature import import_string, schema_of
 from kdcore.types import Batch, Outputs
 
@@ -22,13 +22,8 @@ def build_module(model: Callable[..., Any] | str, args: dict[str, Any], place: s
     function = import_string(model, f"{place}.model") if isinstance(model, str) else model
     name = getattr(function, "__name__", str(model))
     checked = schema_of(function, name).validate(args, f"{place}.args")
-    try:
+    with blame(f"{place}.args", f"{name} refused its arguments", given=args):
         module = function(**checked)
-    except KDError:
-        raise
-    except Exception as error:  # somebody's model may raise anything
-        problem = f"{name} refused its arguments: {cause(error)}"
-        raise InputError(f"{place}.args", problem, given=args) from error
     if not isinstance(module, nn.Module):
         given = type(module).__name__
         raise InputError(f"{place}.model", f"{name} does not return a torch.nn.Module", given=given)
@@ -111,13 +106,8 @@ class SelfTeacher(Teacher):
     def forward(self, batch: Batch) -> Outputs:
         if self.copy is not None:
             return self.copy(batch)  # type: ignore[no-any-return]
-        student = self.run.student
-        was_training = student.training
-        student.eval()
-        try:
-            return student(batch)  # type: ignore[no-any-return]
-        finally:
-            student.train(was_training)
+        with evaluating(self.run.student):
+            return self.run.student(batch)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -48,29 +48,26 @@ class Task:
                 _metric_class(name)
 
     def terms(self, outputs: Outputs, batch: Batch) -> Tensor | None:
-        """Cross-entropy ([B], [B,L] or [B] averaged over pixels) or squared error [B]; None without labels."""
-        target = target_of(outputs, batch)
+        """Cross-entropy ([B], [B,L] with 0 where the target is -100, or [B] averaged over pixels) or squared error [B].
+
+        None without labels. Of tokens whose output layer the model keeps apart, it is computed in chunks.
+        """
+        target, logits, apart = target_of(outputs, batch), outputs.logits, outputs.unembed
         if self.table.use in ("own", "none") or target is None:
             return None
-        if self.table.use == "language":
-            return self._tokens(outputs, target)
-        if outputs.logits is None:
+        if self.table.use == "language" and logits is None and apart is not None:
+            from kdcore.functional import chunked
+
+            return chunked(self._cross_entropy, apart, (), target != -100, per_token={"target": target})
+        logits = apart.logits() if logits is None and apart is not None else logits
+        if logits is None:
             return None
-        logits = outputs.logits.float()
+        if self.table.use == "language":
+            return self._cross_entropy(logits.flatten(0, -2), target=target.flatten()).view_as(target)
         if self.table.use == "regression":
-            return (logits - target.float()).square().reshape(len(logits), -1).mean(-1)
+            return (logits.float() - target.float()).square().reshape(len(logits), -1).mean(-1)
         loss = self._cross_entropy(logits, target=target)
         return loss.flatten(1).mean(-1) if self.table.use == "segmentation" else loss
-
-    def _tokens(self, outputs: Outputs, target: Tensor) -> Tensor | None:
-        """[B,L], 0 where the target is -100; in chunks where the model keeps its output layer apart."""
-        if outputs.logits is not None:
-            return self._cross_entropy(outputs.logits.flatten(0, -2), target=target.flatten()).view_as(target)
-        if outputs.unembed is None:
-            return None
-        from kdcore.functional import chunked
-
-        return chunked(self._cross_entropy, outputs.unembed, (), target != -100, per_token={"target": target})
 
     def _cross_entropy(self, logits: Tensor, *, target: Tensor) -> Tensor:
         smoothing = self.table.label_smoothing
