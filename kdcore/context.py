@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcore import parallel
-from kdcore.data import Key, Keyed, Source, key_seed, shard
+from kdcore.data import Keyed, Source
 from kdcore.errors import InputError
-from kdcore.kinds import Kind, Loss, Student, Teacher
-from kdcore.streams import renamed
+from kdcore.kinds import Kind, Loss, evaluating
+from kdcore.order import key_seed, shard
 from kdcore.taps import Replace
+from kdcore.terms import Heard
 from kdcore.types import Batch, Outputs
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class RunContext:
         self, distiller: Distiller, source: Source, *, seed: int, folder: Path, artefacts: Mapping[str, Any]
     ) -> None:
         self._distiller, self.source, self.seed, self.folder = distiller, source, seed, folder
+        self.student, self.teachers = distiller.student, distiller.teachers
+        # the teachers of the router's columns, in their order; all teachers where the run has no router
+        self.routed: tuple[str, ...] = distiller.parts.routed or tuple(distiller.teachers)
         self.artefacts, self.state = dict(artefacts), {}  # type: dict[str, Any], dict[str, Any]
         self.step, self.total_steps, self.steps_per_epoch = 0, 1, 1
         self.device = torch.device("cpu")
@@ -54,19 +58,6 @@ class RunContext:
         return self.source.sample().to(self.device)
 
     @property
-    def student(self) -> Student:
-        return self._distiller.student
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        return self._distiller.teachers
-
-    @property
-    def routed(self) -> tuple[str, ...]:
-        """The teachers of the router's columns, in their order; all teachers where the run has no router."""
-        return self._distiller.parts.routed or tuple(self.teachers)
-
-    @property
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 
@@ -82,15 +73,10 @@ class RunContext:
 
     def stream(self, name: str) -> Batch:
         """The next batch of a training stream of its own position: endless, and part of the checkpoint."""
-        sizes = self.source.batch_sizes
-        here = self.positions.get(name, 0)
-        keys, length = [], len(self.source.streams[name])
-        for place in range(here, here + sizes[name]):
-            cycle, offset = divmod(place, length)
-            keys.append(Key(name, cycle, self.order._permutation(name, cycle)[offset]))
-        self.positions[name] = here + sizes[name]
-        mine = shard(keys, parallel.rank(), parallel.world())
-        return Keyed({name: self.source.streams[name]}, self.seed).__getitems__(mine).to(self.device)
+        first, count = self.positions.get(name, 0), self.source.batch_sizes[name]
+        self.positions[name] = first + count
+        keys = shard(self.order.cycled(name, first, count), parallel.rank(), parallel.world())
+        return Keyed({name: self.source.streams[name]}, self.seed).__getitems__(keys).to(self.device)
 
     def ask(self, name: str, batch: Batch, grad: bool = False, replace: Replace | None = None) -> Outputs:
         """What the student (``"student"``) or a teacher says of any batch; taps belong to this call.
@@ -106,24 +92,18 @@ class RunContext:
         The models are asked in eval mode and are left as they were. A loss that is called once a teacher can
         make modules for one teacher only: several are an InputError.
         """
-        distiller = self._distiller
-        slot = next(slot for slot in distiller.parts.losses if slot.loss is loss)
+        ask, parts = self._distiller.ask, self._distiller.parts
+        slot = next(slot for slot in parts.losses if slot.loss is loss)
         if len(slot.teachers) > 1 and not loss.joint:
+            hint = 'a [[loss]] each, with teacher = "NAME"'
             raise InputError(
-                f"loss {slot.name}",
-                "fits itself to one teacher",
-                given=slot.teachers,
-                hint='a [[loss]] each, with teacher = "NAME"',
+                f"loss {slot.name}", "fits itself to one teacher", given=slot.teachers, hint=hint
             )
         part = self.sample.part((slot.streams or self.sample.streams)[0])
-        was_training = distiller.training
-        distiller.eval()
-        try:
-            student = renamed(distiller.ask("student", part), slot.reads.get("student"))
-            said = {n: renamed(distiller.ask(n, part), slot.reads.get("teacher")) for n in slot.teachers}
-        finally:
-            distiller.train(was_training)
-        return student, said if loss.joint else next(iter(said.values()), None)
+        with evaluating(self._distiller):
+            said = {name: ask(name, part) for name in slot.teachers}
+            heard = Heard("", part, ask("student", part), said).read_by(slot)
+        return heard.student, heard.teachers if loss.joint else next(iter(heard.teachers.values()), None)
 
     def update(self, component: Kind, loss: Tensor, clip: float | None = None) -> None:
         """One step of a component's own optimiser on ``loss``; no other parameter gets a gradient from it."""
@@ -185,13 +165,9 @@ class RunContext:
         random.seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "state": self.state,
-            "positions": self.positions,
-            "drawn": self.order.drawn,
-            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
-        }
+        optimizers = {name: each.state_dict() for name, each in self.optimizers.items()}
+        known = {"step": self.step, "state": self.state, "positions": self.positions}
+        return {**known, "drawn": self.order.drawn, "optimizers": optimizers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.state, self.positions = state["step"], dict(state["state"]), dict(state["positions"])

@@ -48,31 +48,29 @@ class Guards:
     _versions: dict[str, int] = field(default_factory=dict)
 
     def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Iterable[Outputs], step: int) -> None:
-        seen = {reading.term for reading in self.readings}
-        fresh = [name for name in terms if name not in seen]
+        """Read the terms that are there for the first time, on their graph; ``student``: what it says."""
+        fresh = terms.keys() - {reading.term for reading in self.readings}
         if not fresh or not self.enabled:
             return
-        roots = [v for o in student for v in _roots(o)]
+        roots = [root for outputs in student for root in _roots(outputs)]
         norms = {name: _norm(weight * value, roots) for name, (weight, value) in terms.items()}
-        whole = sum(norms.values()) or 1.0
-        for name in fresh:
-            weight, value = terms[name]
-            reading = Reading(name, step, weight, float(value.detach()), norms[name], norms[name] / whole)
-            self.readings.append(reading)
-            self._judge(reading, aside=value.requires_grad and not _reaches(value, roots))
+        whole = sum(norm or 0.0 for norm in norms.values()) or 1.0
+        for name, (weight, value) in terms.items():
+            if name in fresh:
+                norm = norms[name] or 0.0
+                self.readings.append(Reading(name, step, weight, float(value.detach()), norm, norm / whole))
+                self._judge(self.readings[-1], aside=value.requires_grad and norms[name] is None)
 
     def _judge(self, r: Reading, aside: bool) -> None:
         """``aside``: the term trains a component's own parameters (a router's gate), and not the student."""
         if not math.isfinite(r.value) or not math.isfinite(r.gradient_norm):
-            raise RunError(
-                f"loss term {r.term!r} is {r.value} with gradient norm {r.gradient_norm} at step {r.step}.\n"
-                '  hint    look at its inputs (inf logits, log of 0), lower lr, or use precision = "fp32"'
-            )
+            said = f"loss term {r.term!r} is {r.value} with gradient norm {r.gradient_norm} at step {r.step}"
+            hint = 'look at its inputs (inf logits, log of 0), lower lr, or use precision = "fp32"'
+            raise RunError(f"{said}.\n  hint    {hint}")
         if r.share < DEAD_SHARE and not aside:
-            self.warnings.append(
-                f"loss term {r.term!r} is dead: {100 * r.share:.2g} % of the gradient at the student's outputs "
-                f"(weight {r.weight:g}, value {r.value:.4g}). Raise its weight, or take it out."
-            )
+            share = f"{100 * r.share:.2g} % of the gradient at the student's outputs"
+            said = f"{share} (weight {r.weight:g}, value {r.value:.4g})"
+            self.warnings.append(f"loss term {r.term!r} is dead: {said}. Raise its weight, or take it out.")
 
     def witness(self, batch: Batch, student: nn.Module, teachers: Mapping[str, nn.Module], step: int) -> None:
         """Note what the run began with: augmented batch and weights at step 0, ids of the first steps."""
@@ -95,9 +93,7 @@ class Guards:
         """Raise where a frozen teacher was changed since ``remember``, or left eval mode."""
         for name, version in self._versions.items():
             if any(module.training for module in teachers[name].modules()):
-                raise RunError(
-                    f"teacher {name!r} is in training mode: its dropout and batch statistics are live"
-                )
+                raise RunError(f"teacher {name!r} is in training mode: dropout and batch statistics are live")
             if _version(teachers[name]) != version:
                 raise RunError(f"teacher {name!r} was changed during the run: something wrote to its weights")
 
@@ -116,50 +112,41 @@ def digest(value: Any, limit: int | None = None) -> str:
 
     ``limit``: a tensor with more elements is sampled, evenly.
     """
-    state = hashlib.blake2b(digest_size=8)
-    if isinstance(value, Tensor):
-        flat = parallel.whole(value.detach()).reshape(-1)
-        flat = flat[:: max(len(flat) // limit, 1)] if limit else flat
-        state.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        state.update(repr([(str(k), digest(value[k], limit)) for k in sorted(value)]).encode())
+    if isinstance(value, Mapping):
+        value = [(str(key), digest(value[key], limit)) for key in sorted(value)]
     elif isinstance(value, list | tuple):
-        state.update(repr([digest(each, limit) for each in value]).encode())
-    else:
-        state.update(repr(value).encode())
+        value = [digest(each, limit) for each in value]
+    if not isinstance(value, Tensor):
+        return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+    flat = parallel.whole(value.detach()).reshape(-1)
+    flat = flat[:: max(len(flat) // limit, 1)] if limit else flat
+    state = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)}".encode(), digest_size=8)
+    state.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
 def check_finite(logs: Mapping[str, Tensor], step: int) -> None:
     """Raise RunError naming the terms that are not finite."""
-    bad = [name for name, value in logs.items() if not math.isfinite(float(value))]
-    if bad:
-        raise RunError(
-            f"not finite at step {step}: {', '.join(f'{name} = {float(logs[name])}' for name in bad)}.\n"
-            "  hint    lower train.optimizer.lr, set train.clip, or look at the terms' inputs"
-        )
+    values = {name: float(value) for name, value in logs.items()}
+    if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+        hint = "lower train.optimizer.lr, set train.clip, or look at the terms' inputs"
+        raise RunError(f"not finite at step {step}: {', '.join(bad)}.\n  hint    {hint}")
 
 
-def _roots(outputs: Outputs) -> Iterable[Tensor]:
+def _roots(outputs: Outputs) -> list[Tensor]:
     """The student's outputs that carry gradient: logits and taps, or the hidden states before an output layer."""
-    values = [v for _, v in outputs.named()]
-    if outputs.unembed is not None:
-        values.append(outputs.unembed.hidden)
-    return [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+    values = [value for _, value in outputs.named()]
+    values += [] if outputs.unembed is None else [outputs.unembed.hidden]
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
-def _norm(value: Tensor, roots: list[Tensor]) -> float:
+def _norm(value: Tensor, roots: list[Tensor]) -> float | None:
+    """The norm of the gradient at the roots; None where it reaches none of them."""
     if not value.requires_grad or not roots:
-        return 0.0
+        return None
     grads = torch.autograd.grad(value, roots, retain_graph=True, allow_unused=True)
-    squares = [float(g.detach().double().square().sum()) for g in grads if g is not None]
-    return math.sqrt(sum(squares))
-
-
-def _reaches(value: Tensor, roots: list[Tensor]) -> bool:
-    grads = torch.autograd.grad(value, roots, retain_graph=True, allow_unused=True) if roots else ()
-    return any(grad is not None for grad in grads)
+    squares = [float(grad.detach().double().square().sum()) for grad in grads if grad is not None]
+    return math.sqrt(sum(squares)) if squares else None
 
 
 def _version(module: nn.Module) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from kdcore.kinds import Augmentation, Kind, Loss, Router, Student, Teacher
 from kdcore.tables import Ramp
 from kdcore.taps import Taps
@@ -45,7 +43,6 @@ class Parts:
     task_weight: float = 1.0
     task_streams: tuple[str, ...] | None = None
     forward: str = "joint"
-    hold_eval: tuple[nn.Module, ...] = ()
 
     def components(self) -> list[tuple[str, Kind]]:
         """(name, component) in the recipe's order; what a component holds nested follows it, by its path."""

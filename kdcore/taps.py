@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError
 
 Replace = Mapping[str, Callable[[Tensor], Tensor]]
 
@@ -24,23 +24,19 @@ class Taps:
     input; of a tuple or list the first tensor is taken. Nothing is recorded outside ``reading``.
     """
 
-    def __init__(self, root: nn.Module, paths: Mapping[str, str], place: str = "reads") -> None:
+    def __init__(
+        self, root: nn.Module, paths: Mapping[str, str], place: str | Mapping[str, str] = "reads"
+    ) -> None:
+        """``place``: where in a recipe the paths stand, or where each of them does, for the error."""
         self.names = tuple(paths)
-        self._store: dict[str, Tensor] | None = None
-        self._replace: Replace = {}
-        self._stop = False
-        modules = dict(root.named_modules())
+        self._now: tuple[dict[str, Tensor], Replace, bool] | None = None
+        modules = {path: module for path, module in root.named_modules() if path}
         for name, path in paths.items():
             wants_input = path.endswith(".in") and path not in modules
             module = modules.get(path.removesuffix(".in") if wants_input else path)
-            if module is None or not path:
-                raise InputError(
-                    f"{place}.{name}",
-                    "no module at this path",
-                    given=path,
-                    allowed=_some([p for p in modules if p]),
-                    hint=nearest(path, modules),
-                )
+            if module is None:
+                where = f"{place}.{name}" if isinstance(place, str) else place[name]
+                raise InputError(where, "no module at this path of the model", given=path, allowed=modules)
             if wants_input:
                 module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
             else:
@@ -54,26 +50,25 @@ class Taps:
         """
         if replace and (unknown := set(replace) - set(self.names)):
             raise KeyError(f"no tap named {sorted(unknown)}; there are {list(self.names)}")
-        before = self._store, self._replace, self._stop
         store: dict[str, Tensor] = {}
-        self._store, self._replace, self._stop = store, replace or {}, stop and bool(self.names)
+        before, self._now = self._now, (store, replace or {}, stop)
         try:
             yield store
         except _Complete:
             pass
         finally:
-            self._store, self._replace, self._stop = before
+            self._now = before
 
     def _seen(self, name: str, value: Any) -> Any:
         """Record, and return the value that the model goes on with."""
-        if self._store is None:
+        if self._now is None:
             return value
-        tensor = _tensor(value)
-        if name in self._replace:
-            tensor = self._replace[name](tensor)
-            value = _with_tensor(value, tensor)
-        self._store[name] = tensor
-        if self._stop and len(self._store) == len(self.names):
+        store, replace, stop = self._now
+        store[name] = _tensor(value)
+        if name in replace:
+            store[name] = replace[name](store[name])
+            value = _with_tensor(value, store[name])
+        if stop and len(store) == len(self.names):
             raise _Complete
         return value
 
@@ -84,7 +79,7 @@ class Taps:
         """The first input, by position or else by keyword."""
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if self._store is None:
+            if self._now is None:
                 return None
             if args:
                 return (self._seen(name, args[0]), *args[1:]), kwargs
@@ -107,7 +102,3 @@ def _with_tensor(value: Any, tensor: Tensor) -> Any:
         items = [_with_tensor(value[0], tensor), *value[1:]]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a named tuple
     return tensor
-
-
-def _some(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -123,12 +123,6 @@ class Objective(nn.Module):
             teacher.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for module in self.parts.hold_eval:
-            module.eval()
-        return self
-
     def forward(self, batch: Batch) -> Tensor:
         """The objective of a batch: the weighted sum of its terms."""
         if sharding.is_sharded(self.student):
