@@ -64,8 +64,8 @@ def _translated(row: Any, model: type[Table], given: Any) -> InputError:
     steps, value = _steps(row["loc"], given), row["input"]
     place, title = ".".join(steps), model.model_config.get("title")
     if row["type"] == "missing":
-        name = row["loc"][-1]
-        return InputError(f"{name}", f"{title} needs {name!r}", hint=f"add {name} = ...").under(place)
+        name = str(row["loc"][-1])
+        return InputError(name, f"{title} needs {name!r}", hint=f"add {name} = ...").under(place)
     if row["type"] == "extra_forbidden":
         names = _names_at(model, steps[:-1])
         problem, hint = f"unknown {model.noun} of {title}", nearest(steps[-1], names)
