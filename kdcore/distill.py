@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcore import parallel, sharding
+from kdcore import parallel
 from kdcore.context import RunContext
 from kdcore.counts import Counts
 from kdcore.events import events_of
@@ -65,14 +65,13 @@ class Distiller(Objective):
         counts = Counts() if alone else Counts.of(batch, self.student, run.device, view)
         grads: dict[str, Gradients] = {}
         passes = [self._backward(chunk, counts, optim_wrapper, grads) for chunk in chunks]
-        parallel.average_gradients(_trained(optim_wrapper), mean=False)
+        parallel.average_gradients(self._trained(optim_wrapper), mean=False)
         if self._merger is not None:
             self._merge(grads)
         optim_wrapper.step()
         optim_wrapper.zero_grad()
         run.terms = _values(passes)
         run.step += 1
-        sharding.rest([self.student, *self.teachers.values()])
         self._after(batch, passes)
         return run.terms
 
@@ -82,8 +81,7 @@ class Distiller(Objective):
         """One micro-batch: its gradients are added to the parameters', and by term to ``grads`` for a merger."""
         with optim_wrapper.optim_context(self):
             now = self.hear(chunk, counts)
-        with sharding.asked_only(self.student):
-            self.guards.look(now.terms, [each.student for each in now.heard.values()], self.run.step)
+        self._look(now)
         if self._merger is not None:
             params = self._students()
             for name, (weight, value) in now.terms.items():
@@ -93,6 +91,12 @@ class Distiller(Objective):
                     grads[name] = [_added(*pair) for pair in pairs]
         optim_wrapper.backward(now.objective())
         return now
+
+    def _look(self, now: Pass) -> None:
+        self.guards.look(now.terms, [each.student for each in now.heard.values()], self.run.step)
+
+    def _trained(self, optim_wrapper: Any) -> list[nn.Parameter]:
+        return [p for group in optim_wrapper.optimizer.param_groups for p in group["params"]]
 
     def _merge(self, grads: dict[str, Gradients]) -> None:
         """Put what the merger makes of the terms' gradients (global batch) in the place of their sum."""
@@ -129,10 +133,6 @@ def _whole(pieces: Sequence[Heard], batch: Batch) -> Heard:
         start += len(piece.batch)
     student = joined([piece.student for piece in pieces])
     return Heard(pieces[0].stream, batch, student, {name: joined(said) for name, said in teachers.items()})
-
-
-def _trained(optim_wrapper: Any) -> list[nn.Parameter]:
-    return [p for group in optim_wrapper.optimizer.param_groups for p in group["params"]]
 
 
 def _added(one: Tensor | None, two: Tensor | None) -> Tensor | None:

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import nn
 
-from kdcore import parallel, sharding
-from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors
+from kdcore import parallel
+from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors, writing
 from kdcore.data import Source
 from kdcore.distill import Distiller
-from kdcore.errors import InputError, Interrupted, KDError, RunError, cause
+from kdcore.errors import InputError, Interrupted, blame
 from kdcore.guards import check_finite
 from kdcore.progress import Progress
 from kdcore.signals import Stop
@@ -71,14 +69,13 @@ class MetricsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self.job.run.log = lambda **values: self.extra.update(values)
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, outputs: Any, **_: Any) -> None:
         step = self.job.run.step
         if step % LOG_STEPS == 0 or step == 1 or step == self.job.run.total_steps:
             check_finite(outputs, step)
             values = {name: parallel.total(value, value.device) for name, value in outputs.items()}
-            self._write(runner, {"step": step, **values, "lr": _lr(runner), **self.extra})
+            lr = float(runner.optim_wrapper.optimizer.param_groups[0]["lr"])
+            self._write(runner, {"step": step, **values, "lr": lr, **self.extra})
             self.extra.clear()
         self.job.progress.advance(step)
 
@@ -107,14 +104,12 @@ class MetricsHook(Hook):
     def _write(self, runner: Runner, row: dict[str, Any]) -> None:
         if parallel.rank():
             return
-        try:
-            with self.job.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise RunError(f"{self.job.metrics_file}: cannot be written: {error.strerror}") from error
+        path = self.job.metrics_file
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         if self.job.visualizers:
-            step = row["step"]
-            runner.visualizer.add_scalars({k: v for k, v in row.items() if isinstance(v, float)}, step=step)
+            scalars = {name: value for name, value in row.items() if isinstance(value, float)}
+            runner.visualizer.add_scalars(scalars, step=row["step"])
 
 
 class StateHook(Hook):
@@ -128,11 +123,8 @@ class StateHook(Hook):
         self.latest: dict[str, float] = {}
         self.best: dict[str, Any] = {}
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
-    ) -> None:
-        every, step = self.job.train.checkpoint_every, self.job.run.step
-        stop = Stop.requested()
+    def after_train_iter(self, runner: Runner, **_: Any) -> None:
+        every, step, stop = self.job.train.checkpoint_every, self.job.run.step, Stop.requested()
         due = step % every == 0 if every else time.monotonic() - self.last_saved > SAVE_SECONDS
         if parallel.world() > 1:  # one rank's clock or signal decides for all
             flags = parallel.total(bool(stop)), parallel.total(due)
@@ -140,76 +132,63 @@ class StateHook(Hook):
         if due or stop:
             self.save(runner)
         if stop:
-            raise Interrupted(
-                f"stopped by {stop} at step {step} of {self.job.run.total_steps}; the state is saved"
-            )
+            total = self.job.run.total_steps
+            raise Interrupted(f"stopped by {stop} at step {step} of {total}; the state is saved")
 
     def save(self, runner: Runner) -> None:
         """Write step-N.state beside the older ones, then drop all but the newest few."""
         self.last_saved = time.monotonic()
         job = self.job
-        model = parallel.whole(job.distiller.state_dict())
-        optimizer = parallel.whole(runner.optim_wrapper.state_dict())
-        if parallel.rank():
-            return
-        metrics = job.metrics_file
-        state = {
+        state = {  # by every process: pieces are put together
             "identity": job.identity,
-            "world": parallel.world(),
-            "model": model,
-            "optimizer": optimizer,
+            "model": job.distiller.state_dict(),
+            "optimizer": runner.optim_wrapper.state_dict(),
             "schedulers": [s.state_dict() for s in runner.param_schedulers or []],
             "run": job.run.state_dict(),
             "epoch": runner.epoch,
             "guards": job.distiller.guards.as_dict(),
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "metrics_bytes": job.metrics_file.stat().st_size if job.metrics_file.exists() else 0,
             "latest": self.latest,
             "best": self.best,
         }
+        if parallel.rank():
+            return
         save_state(job.states / f"step-{job.run.step:09d}.state", state)
         for old in sorted(job.states.glob("step-*.state"))[:-KEEP_STATES]:
             old.unlink(missing_ok=True)
 
     def restore(self, runner: Runner) -> None:
+        """Go on from the newest whole state that is there. Raises InputError where it is of another recipe."""
         job = self.job
-        for draft in () if parallel.rank() else job.folder.rglob(".*.tmp"):
-            draft.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        found = newest_state(job.states, job.progress.say)
-        if found is None:
-            if job.metrics_file.exists() and not parallel.rank():
-                job.metrics_file.unlink()  # the lines of a run that was killed before its first state
-            return
-        path, state = found
-        if state["identity"] != job.identity and not job.force:
+        path, state = newest_state(job.states, job.progress.say) or (job.states, {})
+        if state and state["identity"] != job.identity and not job.force:
             problem, hint = "this state belongs to another recipe", "use another --out, or --force to go on"
             raise InputError(str(path), problem, hint=hint)
-        try:
-            self._put_back(runner, state)
-        except KDError:
-            raise
-        except (
-            Exception
-        ) as error:  # of another architecture or optimiser: forced, or written by something else
-            problem, hint = f"this state does not fit the recipe: {cause(error)}", "name another --out"
-            raise InputError(str(path), problem, hint=hint) from error
-        job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
-        job.distiller.guards.remember(frozen_teachers(job.distiller))
+        if not parallel.rank():
+            self._clean_up(state.get("metrics_bytes", 0))
+        if state:  # of another architecture or optimiser, where it is forced or somebody else's
+            with blame(str(path), "this state does not fit the recipe", hint="name another --out"):
+                self._put_back(runner, state)
+            job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
+
+    def _clean_up(self, metrics_bytes: int) -> None:
+        """Away with the drafts of a process that was killed while it wrote, and the metrics after its last state."""
+        for draft in self.job.folder.rglob(".*.tmp"):
+            draft.unlink(missing_ok=True)
+        if self.job.metrics_file.exists():
+            with writing(self.job.metrics_file):
+                os.truncate(self.job.metrics_file, metrics_bytes)
 
     def _put_back(self, runner: Runner, state: dict[str, Any]) -> None:
         job = self.job
-        job.distiller.load_state_dict(parallel.pieces(state["model"], job.distiller.state_dict()))
-        runner.optim_wrapper.load_state_dict(_spread(state["optimizer"], runner.optim_wrapper.optimizer))
+        job.distiller.load_state_dict(state["model"])
+        runner.optim_wrapper.load_state_dict(state["optimizer"])
         for scheduler, value in zip(runner.param_schedulers or [], state["schedulers"], strict=True):
             scheduler.load_state_dict(value)
         job.run.load_state_dict(state["run"])
         job.distiller.guards.load(state["guards"])
         self.latest, self.best = state["latest"], state["best"]
         runner.train_loop._epoch, runner.train_loop._iter = state["epoch"], job.run.step
-        if not parallel.rank() and job.metrics_file.exists():
-            try:
-                os.truncate(job.metrics_file, state["metrics_bytes"])
-            except OSError as error:
-                raise RunError(f"{job.metrics_file}: cannot be written: {error.strerror}") from error
 
     def judge(self, metrics: dict[str, float]) -> None:
         """Keep the latest evaluation, and with keep = "best" the weights of the best one (the first of equals)."""
@@ -220,7 +199,7 @@ class StateHook(Hook):
         sign = 1 if higher_is_better(name) else -1
         if not self.best or sign * value > sign * self.best["metrics"][name]:
             self.best = {"step": self.job.run.step, "metrics": dict(metrics)}
-            weights = parallel.whole(self.job.distiller.student.state_dict())
+            weights = self.job.distiller.student.state_dict()
             if not parallel.rank():
                 save_tensors(self.job.folder / "best.safetensors", weights)
 
@@ -228,23 +207,6 @@ class StateHook(Hook):
         """The best weights back into the student, where they were asked for."""
         if self.best:
             parallel.barrier()
-            student = self.job.distiller.student
             weights = load_tensors(self.job.folder / "best.safetensors", "train.keep")
-            student.load_state_dict(parallel.pieces(weights, student.state_dict()))
+            self.job.distiller.student.load_state_dict(weights)
             self.latest = dict(self.best["metrics"])
-
-
-def frozen_teachers(distiller: Distiller) -> dict[str, nn.Module]:
-    sharding.rest(distiller.teachers.values())  # version counters are those of the pieces
-    return {name: teacher for name, teacher in distiller.teachers.items() if not teacher.saved}
-
-
-def _spread(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's whole state in the pieces of its parameters."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    found = {i: parallel.pieces(each, dict.fromkeys(each, params[i])) for i, each in state["state"].items()}
-    return {**state, "state": found}
-
-
-def _lr(runner: Runner) -> float:
-    return float(runner.optim_wrapper.optimizer.param_groups[0]["lr"])

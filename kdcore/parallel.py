@@ -1,10 +1,10 @@
-"""Several processes: sums over ranks, tensors in pieces. With one process every function here is the identity."""
+"""Several processes: sums and rows over ranks. With one process every function here is the identity."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ def agree(value: int) -> bool:
 
 
 def average_gradients(params: Iterable[nn.Parameter], *, mean: bool = True) -> None:
-    """Sum (or average) ``.grad`` over ranks, in place, in one message a dtype; sharded ones are summed already.
+    """Sum (or average) ``.grad`` over ranks, in place, in one message a dtype.
 
     A parameter that no rank has a gradient for keeps None, as with one process: the optimiser passes it over.
     """
     if world() == 1:
         return
-    owners = [p for p in params if p.requires_grad and not is_sharded(p)]
+    owners = [p for p in params if p.requires_grad]
     for dtype in dict.fromkeys(p.dtype for p in owners):
         mine = [p for p in owners if p.dtype == dtype]
         used = torch.tensor([p.grad is not None for p in mine]).to(mine[0])
@@ -57,46 +57,6 @@ def average_gradients(params: Iterable[nn.Parameter], *, mean: bool = True) -> N
         *pieces, used = flat.split([*(g.numel() for g in grads), len(mine)])
         for param, grad, piece, anywhere in zip(mine, grads, pieces, used.tolist(), strict=True):
             param.grad = grad.copy_(piece.view_as(grad) / (world() if mean else 1)) if anywhere else None
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether a tensor is in pieces over the ranks (torch's DTensor, which is not imported to find out)."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Any) -> Any:
-    """Every sharded tensor in a tree of dicts, lists and tuples put together, on every rank, one by one."""
-    if isinstance(value, Mapping):
-        return {key: whole(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(whole, value))
-    return value.full_tensor() if is_sharded(value) else value
-
-
-def pieces(value: Any, like: Any) -> Any:
-    """``whole`` undone: each tensor of the tree as ``like`` has it at its place; no message is sent."""
-    if isinstance(value, Mapping) and isinstance(like, Mapping):
-        return {key: pieces(each, like.get(key)) for key, each in value.items()}
-    if not is_sharded(like) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    here = value.to(like.device, copy=True)
-    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def clip_norm(params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down to a joint 2-norm of at most ``max_norm``, sharded ones among them; the old norm."""
-    grads = [p.grad for p in params if p.grad is not None]
-    parts: list[Tensor] = [g.to_local() for g in grads if is_sharded(g)]  # type: ignore[attr-defined]
-    squares = sum((g.square().sum() for g in parts), torch.zeros((), device=params[0].device))
-    if world() > 1:
-        dist.all_reduce(squares)
-    squares = squares + sum(g.square().sum() for g in grads if not is_sharded(g))
-    norm = squares.sqrt()
-    for grad in [*parts, *(g for g in grads if not is_sharded(g))]:
-        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
-    return norm
 
 
 class _Gather(torch.autograd.Function):

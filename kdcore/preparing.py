@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from kdcore import parallel, sharding
 from kdcore.context import RunContext
 from kdcore.distill import Distiller
 from kdcore.errors import InputError, blame
@@ -19,8 +18,8 @@ from kdcore.types import Batch, Outputs
 DEBUG = "kd run --debug shows where"
 
 
-def prepare(distiller: Distiller, run: RunContext, sharded: Iterable[str] = ()) -> None:
-    """Attach the run, call setup, shard, set taps, and try everything on one small real batch.
+def prepare(distiller: Distiller, run: RunContext) -> None:
+    """Attach the run, call setup, set taps, and try everything on one small real batch, on the device.
 
     The models' setup comes first and the taps after it, so that a loss can see in its own what it will read.
     """
@@ -32,8 +31,6 @@ def prepare(distiller: Distiller, run: RunContext, sharded: Iterable[str] = ()) 
     _set_up(models)
     for teacher in parts.teachers.values():
         frozen(teacher)
-    for name in sharded if parallel.world() > 1 else ():
-        sharding.shard(parts.student if name == "student" else parts.teachers[name], run.device)
     distiller.to(run.device)
     _set_taps(parts)
     _set_up(each for each in parts.components() if each not in models)

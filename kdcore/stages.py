@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kdcore import building, parallel, sharding
+from kdcore import building, parallel
 from kdcore.checkpoint import load_tensors, save_tensors, write_json
 from kdcore.context import RunContext
 from kdcore.data import Source
@@ -81,12 +81,15 @@ class StageRun:
         """A prepared distiller: built, set up, sharded, tapped, tried on a small real batch, on the device."""
         pieces = [n for n, table in self.recipe.teacher.items() if table.shard and n in parts.teachers]
         table = train or self.recipe.train
-        sharded = sharding.chosen(parts, table, pieces)
         distiller = Distiller(parts)
+        if table.strategy == "fsdp" or pieces:
+            from kdcore.sharding import ShardedDistiller
+
+            distiller = ShardedDistiller(parts, table, pieces)
         distiller.accumulate = table.accumulate
         run = RunContext(distiller, self.source, seed=self.seed, folder=self.folder, artefacts=self.artefacts)
         run.device, run.recipe = self.device, self.recipe
-        prepare(distiller, run, sharded)
+        prepare(distiller, run)
         return distiller, run
 
     def fit(self, parts: Parts, name: str, train: TrainTable | None = None) -> dict[str, Any]:
@@ -123,7 +126,6 @@ class StageRun:
             progress=self.progress,
         )
         result = engine.fit(job)
-        sharding.restored(student)
         result["curves"] = str((folder / "metrics.jsonl").relative_to(self.folder))
         if not parallel.rank():
             save_tensors(weights, student.state_dict())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from kdcore import parallel, sharding, streams
+from kdcore import parallel, streams
 from kdcore.counts import ALL, Counts, weighed
 from kdcore.errors import InputError, KDError
 from kdcore.kinds import Terms
@@ -125,8 +125,6 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The objective of a batch: the weighted sum of its terms."""
-        if sharding.is_sharded(self.student):
-            raise KDError("run.objective puts tensors in the place of parameters, which fsdp does not allow")
         return self.hear(batch, Counts()).objective()
 
     def terms(self, batch: Batch) -> dict[str, tuple[float, Tensor]]:
@@ -158,11 +156,11 @@ class Objective(nn.Module):
         view, taps = self.parts.views.get(name), self.parts.taps.get(name)
         shown, outputs = streams.viewed(batch, view), Outputs()
         reading: Any = taps.reading(replace, stop) if taps is not None else nullcontext({})
-        with torch.set_grad_enabled((grad or name == "student") and torch.is_grad_enabled()):
-            with reading as tensors:
-                outputs = streams.aligned(model(shown), shown, view)
-            if tensors and sharding.is_sharded(model):
-                sharding.cover(model, model.model, tensors)
+        with (
+            torch.set_grad_enabled((grad or name == "student") and torch.is_grad_enabled()),
+            reading as tensors,
+        ):
+            outputs = streams.aligned(model(shown), shown, view)
         return streams.with_tensors(outputs, tensors) if tensors else outputs
 
     def hard_terms(self, outputs: Outputs, batch: Batch) -> Terms | None:
@@ -205,7 +203,6 @@ class Objective(nn.Module):
         """A teacher's answer, for some rows alone; its forward ends where nothing further is read."""
         taps = self.parts.taps.get(name)
         stop = taps is not None and self.parts.needs[name] <= set(taps.names)
-        stop = stop and not sharding.is_sharded(self.teachers[name])  # such a forward ends whole
         if rows is None:
             return self.ask(name, part, self.grad_through, stop=stop)
         return replace(self.ask(name, part.rows(rows), self.grad_through, stop=stop), rows=rows)
