@@ -161,6 +161,23 @@ def test_a_student_far_from_the_teacher_is_pulled_as_by_all_logits() -> None:
     assert gradient[0, 7].item() == pytest.approx(-1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("below", [60.0, 120.0, 500.0])
+@pytest.mark.parametrize("singled_out", [32, 4])
+def test_a_student_whose_tail_underflows(below: float, singled_out: int) -> None:
+    """Ten classes far below the student's head, and half of the teacher's probability on them; in closed form.
+
+    exp(-104) is 0 in float32. Equal classes share the tail equally: p_j = 1/20, and q_j = exp(-below) / 2.
+    """
+    student = torch.cat([torch.zeros(2), torch.full((10,), -below)]).unsqueeze(0).requires_grad_()
+    half = math.log(0.25)
+    top = TopK(torch.tensor([[0, 1]]), torch.tensor([[half, half]]), torch.tensor([math.log(0.5)]))
+    value = functional.forward_kl(*topk_rows(student, top, singled_out=singled_out))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    expected = 0.5 * math.log(0.25 / 0.5) + 0.5 * (math.log(0.05) + math.log(2) + below)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert gradient[0].tolist() == pytest.approx([0.25] * 2 + [-0.05] * 10, abs=1e-6)
+
+
 def test_extreme_logits_stay_finite() -> None:
     student = torch.tensor([[1e4, -1e4, 0.0, 5.0, -math.inf, 1.0]] * 2, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1e4, 0.0, 0.0, -1e4, 0.0, 0.0]])

@@ -6,6 +6,7 @@ with what is known, the one of least KL(p || q). So no gradient is made from wha
 token that the teacher certainly finds unlikely.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -30,11 +31,8 @@ def topk_rows(
     id then repeats another one's). The entries are the k, the student's `singled_out` largest of the tail, and
     the rest of both tails, whose ratio is constant. Computed in float32 (float64 stays); no gradient to the teacher.
     """
-    z = (
-        at_least_float32(student_logits)
-        if temperature == 1
-        else at_least_float32(student_logits) / temperature
-    )
+    z = at_least_float32(student_logits)
+    z = z if temperature == 1 else z / temperature
     ids, present = topk.ids, ~topk.logp.isneginf()
     check(ids.shape[:-1] == z.shape[:-1], f"one top k per row of logits, {tuple(z.shape[:-1])}")
     check(ids.shape[-1] < z.shape[-1], f"{ids.shape[-1]} entries of {z.shape[-1]} leave no rest")
@@ -58,19 +56,19 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, ids: Tensor, present: Tensor, count: int) -> Tensor:
-        top = z.amax(-1, keepdim=True)
-        weights = (z - top).exp_()
-        known = weights.gather(-1, ids) * present
-        weights.scatter_(-1, ids, 0.0)
-        largest = weights.topk(count, -1)
-        weights.scatter_(-1, largest.indices, 0.0)
+        tail = z.scatter(-1, ids, -math.inf)
+        largest = tail.topk(count, -1)
+        tail.scatter_(-1, largest.indices, -math.inf)
+        # beside its own largest: however far it lies below the student's head, nothing underflows
+        top = tail.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+        weights = tail.sub_(top).exp_()
         rest = weights.sum(-1, keepdim=True)
-        whole = known.sum(-1, keepdim=True) + largest.values.sum(-1, keepdim=True) + rest
         places = torch.cat([ids, largest.indices], -1)
-        own = z.gather(-1, places) - (top + whole.log())
         live = torch.cat([present, torch.ones_like(largest.indices, dtype=torch.bool), rest > 0], -1)
+        values = torch.cat([z.gather(-1, places), top + rest.log()], -1)
+        whole = values.masked_fill(~live, -math.inf).logsumexp(-1, keepdim=True)
         ctx.save_for_backward(z, places, live, weights, rest, top, whole)
-        return torch.cat([own, (rest / whole).log()], -1).masked_fill_(~live, NOTHING)
+        return (values - whole).masked_fill_(~live, NOTHING)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,9 +78,9 @@ class _Gathered(torch.autograd.Function):
             (gradient,) = torch.autograd.grad(_gathered(z, places, live), z, upstream, create_graph=True)
             return gradient, None, None, None
         total = upstream.sum(-1, keepdim=True)
-        q = (z.gather(-1, places) - top - whole.log()).exp()
+        q = (z.gather(-1, places) - whole).exp()
         least = torch.finfo(rest.dtype).tiny
-        gradient = weights * (upstream[..., -1:] / rest.clamp_min(least) - total / whole)
+        gradient = weights * (upstream[..., -1:] / rest.clamp_min(least) - total * (top - whole).exp())
         # an absent entry repeats another one's id: the normaliser's share is set once, the terms' own are added
         gradient.scatter_(-1, places, -total * q).scatter_add_(-1, places, upstream[..., :-1])
         return gradient, None, None, None
@@ -90,9 +88,9 @@ class _Gathered(torch.autograd.Function):
 
 def _gathered(z: Tensor, places: Tensor, live: Tensor) -> Tensor:
     """The same in plain operators, for the derivatives of a derivative."""
-    rest = z.scatter(-1, places, float("-inf")).logsumexp(-1, keepdim=True)
+    rest = z.scatter(-1, places, -math.inf).logsumexp(-1, keepdim=True)
     values = torch.cat([z.gather(-1, places), rest], -1)
-    whole = values.masked_fill(~live, float("-inf")).logsumexp(-1, keepdim=True)
+    whole = values.masked_fill(~live, -math.inf).logsumexp(-1, keepdim=True)
     return (values - whole).masked_fill(~live, NOTHING)
 
 
@@ -108,7 +106,7 @@ def _capped(log_q: Tensor, rest: Tensor, cap: Tensor) -> Tensor:
 
 def _but_last(cap: Tensor, like: Tensor) -> Tensor:
     caps = cap.expand_as(like).clone()
-    caps[..., -1] = float("inf")
+    caps[..., -1] = math.inf
     return caps
 
 
