@@ -30,15 +30,11 @@ class Counts:
         cls, batch: Batch, student: Student, device: torch.device, view: Mapping[str, str] | None = None
     ) -> Counts:
         """Counted over all ranks, before any forward, in the batch as the student's ``view`` shows it."""
-        found = cls()
-        for stream in batch.streams:
-            part = viewed(batch.part(stream), view)
-            found.samples[stream] = parallel.total(len(part), device)
-            mask = supervised(student, part)
-            if mask is not None:
-                found.tokens[stream] = parallel.total(mask.sum(), device)
-        found.samples[ALL] = sum(found.samples.values())
-        return found
+        seen = {stream: viewed(batch.part(stream), view) for stream in batch.streams}
+        samples = {stream: parallel.total(len(part), device) for stream, part in seen.items()}
+        masks = {stream: student.supervised(part) for stream, part in seen.items()}
+        tokens = {s: parallel.total(mask.sum(), device) for s, mask in masks.items() if mask is not None}
+        return cls(samples | {ALL: sum(samples.values())}, tokens)
 
     def share(self, term: Tensor, stream: str, outputs: Outputs | None, part: Batch) -> Tensor:
         """A term's share of the global mean: over samples for [B], over supervised positions for [B,L]."""
@@ -47,36 +43,26 @@ class Counts:
             return term * (len(part) / size) if size else term
         if term.dim() == 1:
             return term.sum() / max(size, 1)
-        mask = mask_of(term, outputs, part)
+        mask = mask_of(term, outputs or Outputs(), part)
         if mask is None:
             return term.flatten(1).mean(1).sum() / max(size, 1)
-        count = self.tokens.get(stream)
-        chosen = torch.where(mask, term, term.new_zeros(()))
-        return chosen.sum() / max(count if count is not None else float(mask.sum()), 1.0)
+        count = self.tokens[stream] if stream in self.tokens else float(mask.sum())
+        return torch.where(mask, term, 0.0).sum() / max(count, 1.0)
 
 
-def supervised(student: Student, part: Batch) -> Tensor | None:
-    """Bool [B,L]: the positions that count, known before any forward; the student's adapter may say."""
-    if hasattr(student, "supervised"):
-        return student.supervised(part)  # type: ignore[no-any-return,operator]
-    if "mask" in part:
-        return part["mask"].bool()  # type: ignore[no-any-return]
+def mask_of(term: Tensor, outputs: Outputs, part: Batch) -> Tensor | None:
+    """Bool, of the term's shape: the positions that count, by the model or the batch; None where neither says it."""
     target = part.get("target")
-    return target != -100 if isinstance(target, Tensor) and target.dim() == 2 else None
-
-
-def mask_of(term: Tensor, outputs: Outputs | None, part: Batch) -> Tensor | None:
-    """Bool, of the term's shape: the positions that count; None where nothing says it."""
-    mask = outputs.mask if outputs is not None else None
-    if mask is None and outputs is not None and outputs.target is not None:
-        mask = outputs.target != -100
-    if mask is None:
-        mask = part.get("mask")
-    if mask is None and isinstance(target := part.get("target"), Tensor) and target.shape == term.shape:
-        mask = target != -100
+    own = target if isinstance(target, Tensor) and target.shape == term.shape else None
+    known = (outputs.mask, _labelled(outputs.target), part.get("mask"), _labelled(own))
+    mask = next((each for each in known if each is not None), None)
     if mask is not None and mask.shape != term.shape:
         raise InputError("loss", f"a term {tuple(term.shape)} does not fit the mask {tuple(mask.shape)}")
-    return mask.bool() if mask is not None else None
+    return mask if mask is None else mask.bool()
+
+
+def _labelled(target: Tensor | None) -> Tensor | None:
+    return None if target is None else target != -100
 
 
 def weighed(value: Any, column: Tensor, rows: Tensor | None, name: str) -> Any:

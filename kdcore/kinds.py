@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -113,6 +113,13 @@ class Student(Model):
     def task_loss(self, outputs: Outputs, batch: Batch) -> Terms | None:
         """[B], [B,L] or named terms; None leaves it to the recipe's task."""
         return None
+
+    def supervised(self, batch: Batch) -> Tensor | None:
+        """Bool, of the target's shape: the positions that count, known before any forward; None: the samples do."""
+        if "mask" in batch:
+            return cast(Tensor, batch["mask"]).bool()
+        target = batch.get("target")
+        return target != -100 if isinstance(target, Tensor) and target.dim() > 1 else None
 
     def infer(self, outputs: Outputs) -> dict[str, Tensor]:
         if not (found := super().infer(outputs)):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from kd_plugin_hf.models import HFStudent, HFTeacher
 from torch import Tensor
 
-from kdcore.counts import supervised
 from kdcore.errors import KDError
 from kdcore.functional import chunked, forward_kl
 from kdcore.kinds import Deployed
@@ -93,8 +92,8 @@ def test_logits_at_a_position_predict_the_target_there() -> None:
 
 def test_the_mask_is_known_before_any_forward() -> None:
     model, batch = student(LLAMA), padded()
-    assert torch.equal(supervised(model, batch), model(batch).mask)
-    assert supervised(student(VIT), Batch({"input": torch.zeros(2, 1, 8, 8)})) is None
+    assert torch.equal(model.supervised(batch), model(batch).mask)
+    assert student(VIT).supervised(Batch({"input": torch.zeros(2, 1, 8, 8)})) is None
 
 
 def test_padding_changes_nothing_that_counts() -> None:
