@@ -14,8 +14,10 @@ from kdcore.hookspecs import hookimpl
 from kdcore.types import Batch, Component, Data, Outputs, TopK, Unembed, conventions
 
 if TYPE_CHECKING:  # the lazy names, as a type checker has them
-    from kdcore.api import build, cache, check, compare, export, run
+    from kdcore.api import build, cache, check, run
+    from kdcore.comparison import compare
     from kdcore.kinds import Augmentation, Exporter, Loss, Probe, Router, Stage, Student, Teacher, frozen
+    from kdcore.shipping import export
 
 __version__ = "0.1.0"
 __all__ = ["Batch", "Component", "Data", "InputError", "KDError", "Outputs", "TopK", "Unembed"]
@@ -39,6 +41,8 @@ def lazy(package: str, **modules: str) -> Callable[[str], Any]:
     return find
 
 
-_API = dict.fromkeys(("build", "cache", "check", "compare", "export", "run"), "api")
+_API = dict.fromkeys(("build", "cache", "check", "run"), "api")
 _KINDS = ("Augmentation", "Exporter", "Loss", "Probe", "Router", "Stage", "Student", "Teacher", "frozen")
-__getattr__ = lazy(__name__, **_API, **dict.fromkeys(_KINDS, "kinds"))
+__getattr__ = lazy(
+    __name__, compare="comparison", export="shipping", **_API, **dict.fromkeys(_KINDS, "kinds")
+)

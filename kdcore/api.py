@@ -1,4 +1,4 @@
-"""From Python: ``kdcore.run``, ``kdcore.check``, ``kdcore.build``, ``kdcore.export``, ``kdcore.compare``."""
+"""From Python: ``kdcore.run``, ``kdcore.check``, ``kdcore.build`` and ``kdcore.cache``."""
 
 from __future__ import annotations
 
@@ -119,17 +119,3 @@ def cache(
         recipes.check_signatures(recipe)
         folder = None if out is None else Path(out)
         return write(recipe, folder, teacher, options, Progress(quiet))
-
-
-def compare(*args: Any, **kwargs: Any) -> Any:
-    """Matched arms of a recipe over seeds; see ``kdcore.comparison.compare``."""
-    from kdcore.comparison import compare as function
-
-    return function(*args, **kwargs)
-
-
-def export(*args: Any, **kwargs: Any) -> Any:
-    """A run's student, or any module, as a verified artefact; see ``kdcore.shipping.export``."""
-    from kdcore.shipping import export as function
-
-    return function(*args, **kwargs)

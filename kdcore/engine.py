@@ -70,13 +70,16 @@ def make_runner(job: Fit) -> _KDRunner:
     runner = _KDRunner(
         model=job.distiller,
         work_dir=str(job.folder / "engine"),
-        train_dataloader=job.source.train_loader(sampler),
+        train_dataloader=run.source.train_loader(sampler),
         train_cfg={"type": _StepLoop, "max_epochs": -(-run.total_steps // run.steps_per_epoch)},
         optim_wrapper=_wrapper(job),
         param_scheduler=_schedulers(train, run.total_steps) or None,
         default_hooks=dict.fromkeys(unused),
         custom_hooks=[MetricsHook(job), keeper],
-        visualizer={"type": "Visualizer", "vis_backends": [{"type": name} for name in job.visualizers]},
+        visualizer={
+            "type": "Visualizer",
+            "vis_backends": [{"type": name} for name in run.recipe.report.visualizers],
+        },
         log_level="ERROR",
         experiment_name=f"kd-{next(_serial)}",
         cfg={},

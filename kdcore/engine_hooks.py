@@ -15,7 +15,6 @@ from mmengine.runner import Runner
 
 from kdcore import parallel
 from kdcore.checkpoint import load_tensors, newest_state, save_state, save_tensors, writing
-from kdcore.data import Source
 from kdcore.distill import Distiller
 from kdcore.errors import InputError, Interrupted, blame
 from kdcore.guards import check_finite
@@ -34,14 +33,12 @@ class Fit:
     """One training, ready to run: a prepared distiller and everything that decides its bits."""
 
     distiller: Distiller
-    source: Source
     train: TrainTable
     folder: Path
     evaluate: Callable[[], dict[str, float]]
     identity: str = ""
     force: bool = False
     title: str = "train"
-    visualizers: tuple[str, ...] = ()
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
 
     @property
@@ -107,7 +104,7 @@ class MetricsHook(Hook):
         path = self.job.metrics_file
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.job.visualizers:
+        if self.job.run.recipe.report.visualizers:
             scalars = {name: value for name, value in row.items() if isinstance(value, float)}
             runner.visualizer.add_scalars(scalars, step=row["step"])
 

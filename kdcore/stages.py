@@ -29,6 +29,7 @@ from kdcore.progress import Progress
 from kdcore.recipe import merge, parse, teacher_train
 from kdcore.tables import Ramp, Recipe, TrainTable
 from kdcore.task import Task, classes_of, evaluate
+from kdcore.types import CONVENTIONS
 
 
 @dataclass
@@ -115,14 +116,12 @@ class StageRun:
             each.model.compile()
         job = engine.Fit(
             distiller,
-            self.source,
             table,
             folder,
             evaluate=partial(self.evaluate, student, parts.task, "val", parts.views.get("student")),
             identity=self.identity(name),
             force=self.force,
             title=f"{self.name}/{name}",
-            visualizers=tuple(self.recipe.report.visualizers),
             progress=self.progress,
         )
         result = engine.fit(job)
@@ -247,10 +246,7 @@ def conventions_of(parts: Parts) -> list[dict[str, Any]]:
             "component": f"{type(slot.loss).__name__}({slot.loss.extra_repr()})",
             "weight": slot.weight.model_dump() if isinstance(slot.weight, Ramp) else slot.weight,
             "teachers": list(slot.teachers),
-            "t_squared": slot.loss.t_squared,
-            "hard_term_inside": slot.loss.hard_term,
-            "zero_at_teacher": slot.loss.zero_at_teacher,
-            "couples_batch": slot.loss.couples_batch,
+            **{name: getattr(slot.loss, name) for name in CONVENTIONS},
         }
         for slot in parts.losses
     ]
@@ -258,10 +254,10 @@ def conventions_of(parts: Parts) -> list[dict[str, Any]]:
 
 def device_of(train: TrainTable) -> torch.device:
     """The device to train on; InputError where it is not here, or cannot do the precision."""
-    here = torch.cuda.is_available()
-    if train.device == "cuda" and not here:
+    gpu = torch.cuda.is_available() and train.device != "cpu"
+    if train.device == "cuda" and not gpu:
         raise InputError("train.device", "no CUDA device is here", given="cuda", allowed="cpu, auto")
-    if train.precision == "fp16" and (train.device == "cpu" or not here):
+    if train.precision == "fp16" and not gpu:
         allowed = "fp32, bf16 on a CPU"
         raise InputError("train.precision", "fp16 training needs a GPU", given="fp16", allowed=allowed)
-    return torch.device("cpu" if train.device == "cpu" or not here else f"cuda:{torch.cuda.current_device()}")
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if gpu else "cpu")

@@ -26,6 +26,14 @@ DEFAULT_METRICS = {
     "own": ["loss"],
     "none": [],
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "accuracy": {"average": "micro", "ignore_index": -100},
+    "jaccard_index": {"ignore_index": -100},
+    "perplexity": {"ignore_index": -100},
+}
+Loader = Iterable[Batch]
+Answer = tuple[Batch, Outputs]
+View = Mapping[str, str] | None
 LOSS = "loss"  # the metric that is the task's own loss, the student's where it has one
 LOWER_IS_BETTER = ("error", "perplexity", "loss", "distance", "calibration")
 
@@ -70,10 +78,8 @@ class Task:
         return loss.flatten(1).mean(-1) if self.table.use == "segmentation" else loss
 
     def _cross_entropy(self, logits: Tensor, *, target: Tensor) -> Tensor:
-        smoothing = self.table.label_smoothing
-        return F.cross_entropy(
-            logits.float(), target, reduction="none", label_smoothing=smoothing, ignore_index=-100
-        )
+        logits, smoothing = logits.float(), self.table.label_smoothing
+        return F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=smoothing)
 
     def meter(self) -> Meter:
         return Meter(self)
@@ -83,7 +89,7 @@ class Meter:
     """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.count, self._loss, self._rows = task, 0, 0.0, 0
+        self.task, self._loss, self._rows = task, 0.0, 0
         # a language model's classes are its vocabulary, which its first logits tell
         self._metrics = {} if task.table.use == "language" else self._made(task.classes)
 
@@ -91,19 +97,13 @@ class Meter:
         return {name: self._make(name, classes) for name in self.task.metrics if name != LOSS}
 
     def _make(self, name: str, classes: int | None) -> Any:
-        kind = _metric_class(name)
-        if name == "perplexity":
-            return kind(ignore_index=-100)
-        if ":" in name or self.task.table.use == "regression":
-            return kind()
+        kind, options = _metric_class(name), OPTIONS.get(name, {})
+        if ":" in name or name == "perplexity" or self.task.table.use == "regression":
+            return kind(**options)
         if not classes:
             problem = f"metric {name!r} needs the number of classes"
             raise InputError("data.source", problem, hint="set Data.classes")
-        options: dict[str, dict[str, Any]] = {
-            "accuracy": {"average": "micro", "ignore_index": -100},
-            "jaccard_index": {"ignore_index": -100},
-        }
-        return kind(task="multiclass", num_classes=classes, **options.get(name, {}))
+        return kind(task="multiclass", num_classes=classes, **options)
 
     def update(self, inferred: Mapping[str, Tensor], outputs: Outputs, batch: Batch) -> None:
         """Nothing to judge where there is no target, or where a teacher infers nothing."""
@@ -111,7 +111,6 @@ class Meter:
         if target is None or not inferred:
             return
         prediction, target = prediction_of(inferred).detach().float().cpu(), target.cpu()
-        self.count += len(target)
         if self.task.table.use == "language":
             self._metrics = self._metrics or self._made(prediction.shape[-1])
             prediction, target = prediction[target != -100], target[target != -100]
@@ -129,7 +128,7 @@ class Meter:
 
     def compute(self) -> dict[str, float]:
         """By name, in the task's order; without labels there is nothing to say."""
-        found = {name: float(each.compute()) for name, each in self._metrics.items() if self.count}
+        found = {name: float(each.compute()) for name, each in self._metrics.items() if each.update_called}
         if self._rows:
             found[LOSS] = self._loss / self._rows
         return {name: found[name] for name in self.task.metrics if name in found}
@@ -165,9 +164,7 @@ def prediction_of(inferred: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def answers(
-    model: Any, loader: Iterable[Batch], device: torch.device, view: Mapping[str, str] | None = None
-) -> Iterator[tuple[Batch, Outputs]]:
+def answers(model: Any, loader: Loader, device: torch.device, view: View = None) -> Iterator[Answer]:
     """Each batch of a loader with what the model, behind its view, says of it in eval mode."""
     with evaluating(model):
         for batch in loader:
@@ -178,11 +175,7 @@ def answers(
 
 @torch.no_grad()
 def evaluate(
-    model: Any,
-    loader: Iterable[Batch],
-    task: Task,
-    device: torch.device,
-    view: Mapping[str, str] | None = None,
+    model: Any, loader: Loader, task: Task, device: torch.device, view: View = None
 ) -> dict[str, float]:
     """The metrics of what ``model`` infers over a loader; none of a teacher that infers nothing."""
     meter = task.meter()
@@ -197,9 +190,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def classes_of(
-    model: Any, loader: Iterable[Batch], device: torch.device, view: Mapping[str, str] | None = None
-) -> Tensor:
+def classes_of(model: Any, loader: Loader, device: torch.device, view: View = None) -> Tensor:
     """[N], the class that a model infers of each sample; empty for a teacher that infers nothing."""
     inferred = (model.infer(outputs) for _, outputs in answers(model, loader, device, view))
     return torch.cat([torch.zeros(0), *(prediction_of(each).argmax(1) for each in inferred if each)])

@@ -129,7 +129,7 @@ def ours(size: dict[str, int], folder: Path) -> Callable[[Batch], Any]:
     stage = StageRun(checked, "bench", folder)
     parts = build.assemble(checked, stage.source, stage.builder())
     distiller, _ = stage.context(parts)
-    job = engine.Fit(distiller, stage.source, checked.train, folder, dict)
+    job = engine.Fit(distiller, checked.train, folder, dict)
     return _iterating(engine.make_runner(job))
 
 
