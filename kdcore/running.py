@@ -24,7 +24,7 @@ from kdcore.tables import Recipe, StageTable
 STANDARD = StageTable(use="distill", name="distill")  # what a recipe without stages runs
 
 
-class _Stage(NamedTuple):
+class StageOf(NamedTuple):
     """One stage of a recipe: its place in it, its name, its table, and the recipe as it sees it."""
 
     place: str
@@ -33,17 +33,18 @@ class _Stage(NamedTuple):
     recipe: Recipe
 
 
-def _stages(whole: Recipe) -> Iterator[_Stage]:
+def stages(whole: Recipe) -> Iterator[StageOf]:
+    """The stages of a recipe in their order."""
     for index, table in enumerate(whole.stage or [STANDARD]):
         place = f"stage.{index}"
-        yield _Stage(place, recipe.stage_name(table, index), table, recipe.parse_stage(whole, table, place))
+        yield StageOf(place, recipe.stage_name(table, index), table, recipe.parse_stage(whole, table, place))
 
 
 def check(whole: Recipe) -> None:
     """Phases two and three. Stages that need earlier artefacts are tried when they start."""
     recipe.check_signatures(whole)
     with tempfile.TemporaryDirectory() as scratch:
-        for each in _stages(whole):
+        for each in stages(whole):
             if each.table.use == "distill" and '"@' not in json.dumps(each.recipe.model_dump(), default=str):
                 _try(StageRun(each.recipe, "check", Path(scratch)))
 
@@ -72,19 +73,19 @@ def run(whole: Recipe, folder: Path, progress: Progress, force: bool = False) ->
     artefacts: dict[str, Any] = {}
     results: dict[str, Any] = {}
     with graceful():
-        for each in _stages(whole):
+        for each in stages(whole):
             inside = folder / "stages" / each.name
             given = StageRun(each.recipe, each.name, inside, artefacts, progress, force=force)
             found = _left(each, given, folder)
             artefacts |= {f"{each.name}.{key}": value for key, value in found.items()}
             results |= found.get("results", {})
         if not parallel.rank():
-            _finish(whole, folder, artefacts, results, progress)
+            _finish(whole, folder, artefacts, results)
         parallel.barrier()
     return results
 
 
-def _left(stage: _Stage, given: StageRun, folder: Path) -> dict[str, Any]:
+def _left(stage: StageOf, given: StageRun, folder: Path) -> dict[str, Any]:
     """The artefacts of a stage: what it noted when it was done before, else it runs."""
     note = given.folder / "artefacts.json"
     if note.exists():
@@ -96,9 +97,7 @@ def _left(stage: _Stage, given: StageRun, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _finish(
-    whole: Recipe, folder: Path, artefacts: dict[str, Any], results: dict[str, Any], progress: Progress
-) -> None:
+def _finish(whole: Recipe, folder: Path, artefacts: dict[str, Any], results: dict[str, Any]) -> None:
     """Student, probes, results, report and export: what the run leaves at the top of its folder."""
     from kdcore import report, shipping
 
@@ -108,10 +107,10 @@ def _finish(
             shutil.copyfile(last, draft)
     results["seed"], results["versions"] = whole.seed, versions(whole)
     if whole.probe:
-        results["probes"] = shipping.measure_probes(whole, folder, artefacts)
+        results["probes"] = shipping.measure_probes(whole, folder)
     if whole.export is not None:
         shutil.rmtree(folder / "artefact", ignore_errors=True)  # of a run that was killed before its results
-        results["export"] = shipping.export(folder, _recipe=whole, progress=progress)
+        results["export"] = shipping.export(folder)
     report.write(whole, folder, results)
     write_json(folder / "results.json", results)  # last: what has it is finished
 

@@ -5,60 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdcore import building as build
 from kdcore import recipe as recipes
+from kdcore.building import Builder, make_student, make_teacher
 from kdcore.checkpoint import load_tensors
 from kdcore.errors import InputError
 from kdcore.folder import placed
 from kdcore.kinds import Deployed, ExportRequest, Student
+from kdcore.running import stages, versions
 from kdcore.source import LOCK
 from kdcore.stages import StageRun
+from kdcore.streams import concatenated, viewed
 from kdcore.tables import Recipe
-from kdcore.task import LOSS, Task, higher_is_better
-from kdcore.types import Batch
+from kdcore.task import LOSS, Task, higher_is_better, target_of
+from kdcore.types import Batch, Outputs
 
 SAMPLES = 256
 
 
 def load_run(folder: Path) -> tuple[Recipe, StageRun]:
     """The recipe and the last stage's view of a run folder, with the artefacts that its stages left."""
-    lock = folder / LOCK
-    if not lock.exists():
+    if not (folder / LOCK).exists():
         raise InputError(str(folder), f"no run folder: it has no {LOCK}")
-    source = recipes.read(lock)
+    source = recipes.read(folder / LOCK)
     sys.path += [str(source.folder)] if str(source.folder) not in sys.path else []
     recipe = recipes.parse(source.tree)
-    stages = recipe.stage
-    if not stages:
-        return recipe, StageRun(recipe, "distill", folder / "stages" / "distill")
-    name = recipes.stage_name(stages[-1], len(stages) - 1)
-    view = recipes.parse_stage(recipe, stages[-1], f"stage.{len(stages) - 1}")
+    *_, (place, name, table, view) = stages(recipe)
     run = StageRun(view, name, folder / "stages" / name, _artefacts(folder))
-    stage = run.builder().make("stage", stages[-1].use, stages[-1].params, "stage")
-    run.recipe = stage.view(view, run.artefacts)
+    run.recipe = run.builder().make("stage", table.use, table.params, place).view(view, run.artefacts)
     return recipe, run
 
 
 def _artefacts(folder: Path) -> dict[str, Any]:
-    left = {
-        path.parent.name: placed(json.loads(path.read_text("utf-8")), folder.absolute())
-        for path in folder.glob("stages/*/artefacts.json")
-    }
+    notes = {path.parent.name: path.read_text("utf-8") for path in folder.glob("stages/*/artefacts.json")}
+    left = {stage: placed(json.loads(text), folder.absolute()) for stage, text in notes.items()}
     return {f"{stage}.{key}": value for stage, each in left.items() for key, value in each.items()}
 
 
 def load_student(folder: Path) -> tuple[Student, StageRun]:
     """The trained student of a run, in eval mode, with everything that its stage left in it."""
     _, run = load_run(folder)
-    student = build.make_student(run.recipe, run.builder())
+    student = make_student(run.recipe, run.builder())
     weights = run.folder / "student" / "weights.safetensors"
     if not weights.exists():
         raise InputError(str(folder), "the run has no trained student yet", hint="kd resume finishes it")
@@ -66,81 +61,14 @@ def load_student(folder: Path) -> tuple[Student, StageRun]:
     return student.to(run.device).eval(), run
 
 
-def measure_probes(recipe: Recipe, folder: Path, artefacts: dict[str, Any]) -> dict[str, Any]:
-    """What each of the recipe's probes says of the trained models."""
-    student, run = load_student(folder)
-    run.artefacts = artefacts
-    builder = run.builder()
-    models: dict[str, nn.Module] = {"student": student, **_teachers(run)}
-    found = {}
-    for index, table in enumerate(recipe.probe):
-        probe = builder.make("probe", table.use, table.params, f"probe.{index}")
-        with torch.no_grad():
-            found[table.use] = probe.measure(run, models, run.source)
-    return found
-
-
-def export(
-    what: str | Path | nn.Module,
-    *,
-    out: str | Path | None = None,
-    target: str | None = None,
-    params: Mapping[str, Any] | None = None,
-    request: ExportRequest | None = None,
-    progress: Any = None,
-    _recipe: Recipe | None = None,
-) -> dict[str, Any]:
-    """Export a run's student with an installed exporter; ``params`` lie over the recipe's ``[export]``.
-
-    A plain module needs a ``request`` instead of a run folder. Returns rows for a report, ``artefact`` among
-    them; raises and leaves nothing at ``out`` where a gate refuses.
-    """
-    if isinstance(what, nn.Module):
-        if request is None or out is None:
-            raise InputError("export", "a module needs request= (what to prove it right with) and out=")
-        recipe_table: dict[str, Any] = {}
-        destination = Path(out)
-    else:
-        folder = Path(what)
-        recipe, _ = load_run(folder)
-        table = recipe.export
-        recipe_table = {"use": table.use, **table.params} if table else {}
-        destination = Path(out) if out else folder / "artefact"
-        request = request_of(folder)
-    merged = {**recipe_table, **(params or {})}
-    use = target or merged.get("use", "onnx")
-    merged.pop("use", None)
-    exporter = build.Builder(0).make("exporter", use, merged, "export")
-    if destination.exists():
-        raise InputError(
-            "export.out", "something is there already", given=str(destination), hint="name another --out"
-        )
-    rows: dict[str, Any] = exporter.export_request(request, destination.absolute())
-    return {"artefact": str(destination), **rows}
-
-
-def bench(
-    artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx"
-) -> str:
-    """The exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
-    exporter = build.Builder(0).make("exporter", target, {}, "bench")
-    student = teacher = None
-    if run_folder is not None:
-        trained, run = load_student(run_folder)
-        student = trained.cpu().deploy().eval()
-        teacher = next(iter(_teachers(run).values()), None)
-        if teacher is not None and hasattr(trained, "input_names"):
-            teacher = Deployed(teacher.cpu(), tuple(trained.input_names))  # type: ignore[arg-type]
-    return str(exporter.bench(artefact, student, teacher, batches=batches, threads=threads))
-
-
-def _teachers(run: StageRun) -> dict[str, nn.Module]:
+def load_teachers(run: StageRun) -> dict[str, nn.Module]:
     """The run's teachers, with the weights that were trained in it."""
-    builder, models = run.builder(), {}
+    builder = run.builder()
+    models: dict[str, nn.Module] = {}
     for name, table in run.recipe.teacher.items():
         if not getattr(recipes.schema("teacher", table.use)[0], "live", True):
             continue  # a cache answers for its own samples alone, and may be gone by now
-        teacher = builder.make("teacher", table.use, table.params, f"teacher.{name}")
+        teacher = make_teacher(run.recipe, name, builder)
         trained = run.folder / f"teacher-{name}" / "teacher.safetensors"
         if trained.exists():
             teacher.load_state_dict(load_tensors(trained, name))
@@ -150,91 +78,129 @@ def _teachers(run: StageRun) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
+def measure_probes(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What each of the recipe's probes says of the run's trained models."""
+    student, run = load_student(folder)
+    builder, models = run.builder(), {"student": student, **load_teachers(run)}
+    return {
+        table.use: builder.make("probe", table.use, table.params, f"probe.{index}").measure(
+            run, models, run.source
+        )
+        for index, table in enumerate(recipe.probe)
+    }
+
+
+def export(
+    what: str | Path | nn.Module,
+    *,
+    out: str | Path | None = None,
+    target: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    request: ExportRequest | None = None,
+) -> dict[str, Any]:
+    """Export a run's student with an installed exporter; ``params`` lie over the recipe's ``[export]``.
+
+    A plain module needs a ``request`` instead of a run folder. Returns rows for a report, ``artefact`` among
+    them; raises and leaves nothing at ``out`` where a gate refuses.
+    """
+    given: dict[str, Any] = {}
+    if not isinstance(what, nn.Module):
+        table = load_run(Path(what))[0].export
+        given = {"use": table.use, **table.params} if table else {}
+        out = out or Path(what) / "artefact"
+    elif request is None or out is None:
+        raise InputError("export", "a module needs request= (what to prove it right with) and out=")
+    given |= params or {}
+    use = given.pop("use", "onnx")
+    exporter = Builder(0).make("exporter", target or use, given, "export")
+    destination = Path(out)
+    if destination.exists():
+        problem, hint = "something is there already", "name another --out"
+        raise InputError("export.out", problem, given=str(destination), hint=hint)
+    request = request if isinstance(what, nn.Module) else request_of(Path(what))
+    return {"artefact": str(destination), **exporter.export_request(request, destination.absolute())}
+
+
+def bench(
+    artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx"
+) -> str:
+    """The exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
+    exporter = Builder(0).make("exporter", target, {}, "bench")
+    student = teacher = None
+    if run_folder is not None:
+        trained, run = load_student(run_folder)
+        student = trained.cpu().deploy().eval()
+        teacher = next(iter(load_teachers(run).values()), None)
+        if teacher is not None and hasattr(trained, "input_names"):
+            teacher = Deployed(teacher.cpu(), tuple(trained.input_names))  # type: ignore[arg-type]
+    return str(exporter.bench(artefact, student, teacher, batches=batches, threads=threads))
+
+
+@torch.no_grad()
 def request_of(folder: Path) -> ExportRequest:
     """Everything an exporter needs of a finished run: held-out samples, the student's own answers, the metric."""
     student, run = load_student(folder)
-    student = student.cpu()
-    source, task = run.source, Task(run.recipe.task, run.source.data.classes)
+    student, data = student.cpu(), run.source.data
+    task = Task(run.recipe.task, data.classes)
     judged = next((name for name in task.metrics if name != LOSS), "")  # a graph has no training loss
-    held = _first(source.loader("val"), SAMPLES)
-    view = run.recipe.student.view
-    held.update({key: held[name] for key, name in view.items()})
-    outputs = student(held)
-    rule = {name: value.numpy() for name, value in student.graph(outputs).items()}
-    inputs = student.inputs(held)
+    held, calibration = _first(run, "val", SAMPLES), _first(run, "train", SAMPLES // 2)
+    outputs, inputs, host = student(held), student.inputs(held), student.host(held)
     shapes, axes = student.shapes(inputs)
-    calibration = _first(source.loader("train"), SAMPLES // 2)
-    calibration.update({key: calibration[name] for key, name in view.items()})
-    target = outputs.target if outputs.target is not None else held.get("target")
-    raw = source.data.raw(held["id"].tolist()) if source.data.raw else None
-    host = student.host(held)
+    target = target_of(outputs, held)
+    targets = None if target is None else target.numpy()
     metric = _metric(task, judged) if judged and target is not None else None
-    reference = None
-    if host is not None:
-        raw = host[1]
-        reference = metric(student.infer(outputs), target.numpy()) if metric and target is not None else None
+    raw = host[1] if host else data.raw(held["id"].tolist()) if data.raw else None
     return ExportRequest(
         name=run.recipe.name.replace(" ", "-"),
         module=student.deploy().eval(),
         shapes=shapes,
         axes=axes,
-        samples={name: value.numpy() for name, value in inputs.items()},
-        rule=rule,
-        calibration={name: value.numpy() for name, value in student.inputs(calibration).items()},
-        raw_samples=dict(raw) if raw is not None else None,
-        preprocessing=source.data.preprocessing if host is None else (),
-        labels=source.data.labels,
-        targets=None if target is None else target.numpy(),
+        samples=_arrays(inputs),
+        rule=_arrays(student.graph(outputs)),
+        calibration=_arrays(student.inputs(calibration)),
+        raw_samples=None if raw is None else dict(raw),
+        preprocessing=() if host else data.preprocessing,
+        labels=data.labels,
+        targets=targets,
         metric=metric,
         metric_name=judged,
         higher_is_better=bool(judged) and higher_is_better(judged),
-        absent=tuple(f"{prefix}" for name in student.training_only for prefix in (name, f"student.{name}")),
-        provenance=_provenance(folder, run, source.data.licence),
+        absent=tuple(name for own in student.training_only for name in (own, f"student.{own}")),
+        provenance=_provenance(folder, run.recipe, data.licence),
         host=host and host[0],
-        reference_metric=reference,
+        reference_metric=metric(student.infer(outputs), targets) if host and metric else None,
     )
 
 
-def _first(loader: Any, count: int) -> Batch:
-    found: list[Batch] = []
-    for batch in loader:
-        found.append(batch)
-        if sum(map(len, found)) >= count:
-            break
-    joined = {
-        k: torch.cat([b[k] for b in found])
-        if isinstance(found[0][k], torch.Tensor)
-        else [v for b in found for v in b[k]]
-        for k in found[0]
-    }
-    batch = Batch(joined)
-    return batch.rows(torch.arange(min(count, len(batch))))
+def _first(run: StageRun, split: str, count: int) -> Batch:
+    """The first samples of a split in one batch, as the student sees them."""
+    batches = islice(run.source.loader(split), -(-count // run.recipe.data.eval_batch_size))
+    whole = concatenated({str(index): batch for index, batch in enumerate(batches)})
+    return viewed(whole.rows(torch.arange(min(count, len(whole)))), run.recipe.student.view)
 
 
-def _metric(task: Task, name: str) -> Any:
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in tensors.items()}
+
+
+def _metric(task: Task, name: str) -> Callable[[Mapping[str, Any], Any], float]:
     """A metric of the task as a function of numpy outputs and targets."""
 
-    def measure(outputs: dict[str, Any], targets: Any) -> float:
-        from kdcore.types import Outputs
-
+    def measure(outputs: Mapping[str, Any], targets: Any) -> float:
         meter = task.meter()
-        target = torch.from_numpy(np.asarray(targets))
-        tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in outputs.items()}
-        meter.update(tensors, Outputs(target=target), Batch({"id": torch.arange(len(target))}))
+        tensors = {key: torch.from_numpy(np.asarray(value)) for key, value in outputs.items()}
+        meter.update(tensors, Outputs(target=torch.from_numpy(np.asarray(targets))), Batch())
         return meter.compute()[name]
 
     return measure
 
 
-def _provenance(folder: Path, run: StageRun, licence: str) -> dict[str, Any]:
-    from kdcore.running import versions
-
-    lock = (folder / "recipe.lock.toml").read_bytes()
+def _provenance(folder: Path, recipe: Recipe, licence: str) -> dict[str, Any]:
     return {
-        "recipe": run.recipe.name,
-        "recipe_sha256": hashlib.sha256(lock).hexdigest(),
-        "components": sorted({table.use for _, _, table in recipes.components(run.recipe)}),
-        "versions": versions(run.recipe),
-        "seed": run.recipe.seed,
+        "recipe": recipe.name,
+        "recipe_sha256": hashlib.sha256((folder / LOCK).read_bytes()).hexdigest(),
+        "components": sorted({table.use for _, _, table in recipes.components(recipe)}),
+        "versions": versions(recipe),
+        "seed": recipe.seed,
         "data_licence": licence,
     }

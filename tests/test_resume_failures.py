@@ -142,7 +142,7 @@ def test_a_moved_run_folder_goes_on_and_rebuilds_its_teachers(
     kdcore.run(recipe, out=said, resume=True)
     assert digest(said) == digest(whole)
     shutil.move(said, tmp_path / "last")
-    teacher = shipping._teachers(shipping.load_run(tmp_path / "last")[1])["main"]
+    teacher = shipping.load_teachers(shipping.load_run(tmp_path / "last")[1])["main"]
     first = load_tensors(tmp_path / "last/stages/first/student.safetensors", "test")
     assert all(torch.equal(value, first[name]) for name, value in teacher.model.state_dict().items())
 

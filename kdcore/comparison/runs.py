@@ -23,13 +23,13 @@ from kdcore.data import Source
 from kdcore.errors import RunError
 from kdcore.folder import tomlable
 from kdcore.report import read_metrics
+from kdcore.running import stages
 from kdcore.signals import graceful
 from kdcore.source import LOCK
 from kdcore.stages import StageRun, train_teacher
-from kdcore.tables import DataTable, StageTable
+from kdcore.tables import DataTable
 from kdcore.types import Data
 
-STANDARD = StageTable(use="distill", name="distill")
 FIT_FILES = (
     "metrics.jsonl",
     "weights.safetensors",
@@ -74,9 +74,8 @@ def train_teachers(job: Job) -> None:
 
 def standard_stages(tree: dict[str, Any]) -> list[str]:
     """The folders of the stages that get the trained teachers: one that trains its own, or repeats, does so itself."""
-    stages = enumerate(recipes.parse(tree).stage or [STANDARD])
-    standard = ((i, stage) for i, stage in stages if stage.use == "distill" and "teacher" not in stage.over)
-    return [recipes.stage_name(stage, index) for index, stage in standard]
+    found = stages(recipes.parse(tree))
+    return [each.name for each in found if each.table.use == "distill" and "teacher" not in each.table.over]
 
 
 def run_arm(job: Job) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_the_probe_tells_what_the_run_told(run: kdcore.Result) -> None:
 
 def test_the_teacher_as_its_own_student(run: kdcore.Result) -> None:
     _, stage = shipping.load_run(run.folder)
-    teacher = shipping._teachers(stage)["main"]
+    teacher = shipping.load_teachers(stage)["main"]
     found = KDFidelity(split="val", choose_on="tune" if stage.source.data.tune else "train").measure(
         stage, {"student": teacher, "main": teacher}, stage.source
     )

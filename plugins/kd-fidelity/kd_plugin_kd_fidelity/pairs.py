@@ -82,7 +82,7 @@ def measured(run: Path, probe: Mapping[str, Any] | None = None) -> dict[str, Any
 
         recipe, _ = shipping.load_run(run)
         tree = {**recipe.model_dump(exclude_unset=True), "probe": [{"use": "kd-fidelity", **asked}]}
-        before = {"probe": asked, **shipping.measure_probes(parse(tree), run, {})["kd-fidelity"]}
+        before = {"probe": asked, **shipping.measure_probes(parse(tree), run)["kd-fidelity"]}
         kept.write_text(json.dumps(before, indent=1), "utf-8")
     return dict(before)
 

@@ -34,7 +34,7 @@ def measured(folder: Path) -> dict[str, Any]:
         recipe, _ = shipping.load_run(folder)
         path = {"student_path": "body.0.1", "teacher_path": "body.0.1"}
         tree = {**recipe.model_dump(exclude_unset=True), "probe": [{"use": "trg", **path}]}
-        kept.write_text(json.dumps(shipping.measure_probes(parse(tree), folder, {})["trg"]), "utf-8")
+        kept.write_text(json.dumps(shipping.measure_probes(parse(tree), folder)["trg"]), "utf-8")
     found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
     return found
 
