@@ -39,9 +39,6 @@ def events_of(components: Iterable[tuple[str, Any]]) -> Any:
 def _refuse_misspelt(name: str, component: Any) -> None:
     for method in dir(type(component)):
         if method.startswith(EVENT_PREFIXES) and method not in EVENTS and not hasattr(nn.Module, method):
-            raise InputError(
-                name,
-                f"{type(component).__name__}.{method} is no event",
-                allowed=sorted(EVENTS),
-                hint=nearest(method, EVENTS) or "a method of another purpose needs another beginning",
-            )
+            problem = f"{type(component).__name__}.{method} is no event"
+            hint = nearest(method, EVENTS) or "a method of another purpose needs another beginning"
+            raise InputError(name, problem, allowed=sorted(EVENTS), hint=hint)

@@ -156,10 +156,8 @@ class Objective(nn.Module):
         view, taps = self.parts.views.get(name), self.parts.taps.get(name)
         shown, outputs = streams.viewed(batch, view), Outputs()
         reading: Any = taps.reading(replace, stop) if taps is not None else nullcontext({})
-        with (
-            torch.set_grad_enabled((grad or name == "student") and torch.is_grad_enabled()),
-            reading as tensors,
-        ):
+        grad = (grad or name == "student") and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), reading as tensors:
             outputs = streams.aligned(model(shown), shown, view)
         return streams.with_tensors(outputs, tensors) if tensors else outputs
 
@@ -180,24 +178,25 @@ class Objective(nn.Module):
 
     def _teach(self, heard: Heard, now: Pass) -> None:
         """Ask the teachers that somebody reads, routed ones only on their rows; then the router weighs them."""
-        routed = self.parts.routed
         plan = None if self.router is None else self.router.plan(heard.batch, heard.student)
         for name in self.parts.needs:
             hearing = [slot.streams for slot in self.parts.losses if name in slot.teachers]
-            if name in routed or any(heard in now.of(names) for names in hearing):
-                rows = (
-                    plan[:, routed.index(name)].nonzero().flatten()
-                    if plan is not None and name in routed
-                    else None
-                )
+            if name in self.parts.routed or any(heard in now.of(names) for names in hearing):
+                chosen = self._column(plan, name)
+                rows = None if chosen is None else chosen.nonzero().flatten()
                 if rows is None or len(rows):
                     heard.teachers[name] = self._teacher(name, heard.batch, rows)
         if self.router is not None:
-            told = {name: heard.teachers[name] for name in routed if name in heard.teachers}
+            told = {name: heard.teachers[name] for name in self.parts.routed if name in heard.teachers}
             answer = self.router(heard.batch, heard.student, told)
             heard.weights, terms = answer if isinstance(answer, tuple) else (answer, {})
             self._check_accumulation(terms)
             now.add("router", 1.0, terms, heard)
+
+    def _column(self, table: Tensor | None, teacher: str) -> Tensor | None:
+        """A routed teacher's column [B] of the router's plan or weights [B,K]."""
+        routed = self.parts.routed
+        return None if table is None or teacher not in routed else table[:, routed.index(teacher)]
 
     def _teacher(self, name: str, part: Batch, rows: Tensor | None) -> Outputs:
         """A teacher's answer, for some rows alone; its forward ends where nothing further is read."""
@@ -238,8 +237,7 @@ class Objective(nn.Module):
             if said.rows is not None:
                 student, batch = student.at(said.rows), batch.rows(said.rows)
             value, share = slot.loss(student, said, batch), weight / len(slot.teachers)
-            if heard.weights is not None and name in self.parts.routed:
-                column = heard.weights[:, self.parts.routed.index(name)]
+            if (column := self._column(heard.weights, name)) is not None:
                 value, share = weighed(value, column, said.rows, slot.name), weight
             now.add(slot.name, share, value, heard)
 
