@@ -298,6 +298,17 @@ def test_files_in_lists_and_long_texts_among_the_parameters(tmp_path: Path) -> N
     assert before != files_of(params)
 
 
+def test_files_and_folders_are_known_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights").write_text("1")
+    params = {"folder": "teacher", "nested": {"none": "mlp", "count": 3}}
+    before = files_of(params)
+    assert list(before) == ["folder"]
+    (tmp_path / "teacher" / "weights").write_text("2")
+    assert files_of(params) != before
+
+
 def test_a_digest_takes_what_is_no_tensor_in_a_state_dict() -> None:
     """Quantised layers keep packed weights there, other modules an extra state."""
     tree = {"a": (torch.ones(2), {"scale": 2.0}), "b": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from kdcore import parallel
 from kdcore.caching import header as headers
 from kdcore.caching.keys import row_keys
 from kdcore.caching.reader import Cache
-from kdcore.data import Key, Keyed, Source
+from kdcore.data import Key, Source, batch_of
 from kdcore.errors import InputError, nearest
 from kdcore.folder import difference
 from kdcore.kinds import Augmentation
@@ -19,7 +19,6 @@ from kdcore.parts import Parts, Slot
 from kdcore.source import leaves
 from kdcore.streams import viewed
 from kdcore.tables import Recipe
-from kdcore.types import Batch
 
 ALL_BELOW, SAMPLES = 4096, 256  # data sets up to the first are compared whole, of larger ones so many samples
 OF_RUN = {  # key of the header -> place in the recipe, and what is another one
@@ -70,29 +69,23 @@ def same_run(cache: Cache, recipe: Recipe, source: Source, parts: Parts, name: s
 def same_samples(cache: Cache, source: Source, view: Mapping[str, str]) -> None:
     """The samples at each position of each stream: their ids, and what the teacher reads of them."""
     for name, first in cache.streams.items():
-        count = len(source.streams[name])
-        places = torch.arange(0, count, 1 if count <= ALL_BELOW else count // SAMPLES)
+        data, inputs = source.streams[name], cache.header["inputs"]
+        places = torch.arange(0, len(data), 1 if len(data) <= ALL_BELOW else len(data) // SAMPLES)
         for here in places.split(SAMPLES):
-            batch = viewed(samples(source, name, here.tolist()), view)
-            change = _other_samples(cache, name, here, first + here, batch)
-            if change:
-                _refuse(cache, "data.source", *change)
-
-
-def _other_samples(
-    cache: Cache, stream: str, places: torch.Tensor, rows: torch.Tensor, batch: Batch
-) -> tuple[str, str] | None:
-    ids = cache.ids[rows]
-    if not torch.equal(ids, batch["id"]):
-        first = int((ids != batch["id"]).int().argmax())
-        change = f"position {places[first]} of {stream!r} holds sample {batch['id'][first]}, not {ids[first]}"
-        return "another order, or other samples", change
-    other = cache.keys[rows] != row_keys(batch, cache.header["inputs"])
-    if bool(other.any()):
-        names, sample = ", ".join(cache.header["inputs"]), ids[int(other.int().argmax())]
-        change = f"sample {sample} has another {names}, in {other.sum()} of {len(ids)} samples compared"
-        return "other content", change
-    return None
+            keys = [Key(name, 0, place) for place in here.tolist()]
+            batch = viewed(batch_of(data, keys, source.seed), view)
+            other = cache.keys[first + here] != row_keys(batch, inputs)
+            if bool(other.any()):
+                place = int(here[other][0])
+                then, now = int(cache.ids[first + place]), int(batch["id"][other][0])
+                what, change = (
+                    "another order, or other samples",
+                    f"position {place} of {name!r} holds sample {now}, not {then}",
+                )
+                if then == now:
+                    what, change = "other content", f"sample {now} has another {', '.join(inputs)}"
+                change += f"; {int(other.sum())} of {len(other)} samples compared differ"
+                _refuse(cache, "data.source", what, change)
 
 
 def same_losses(cache: Cache, parts: Parts, name: str) -> None:
@@ -135,12 +128,6 @@ def temperature(parts: Parts, name: str) -> float | None:
 def changes_inputs(augmentation: Augmentation) -> bool:
     """Whether it makes other inputs. One that only draws which samples come next leaves them as they are."""
     return augmentation.changes_inputs and type(augmentation).forward is not Augmentation.forward
-
-
-def samples(source: Source, stream: str, places: Iterable[int]) -> Batch:
-    """The samples at these positions of a stream, as a batch of the first cycle has them."""
-    keys = [Key(stream, 0, place) for place in places]
-    return Keyed({stream: source.streams[stream]}, source.seed).__getitems__(keys)
 
 
 def _compare(cache: Cache, place: str, what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ from 0 to the token's least, finer bits for the ``HEAD`` largest, that least one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,9 +53,7 @@ class TopKCodec:
 
     def width(self, count: int) -> int:
         """Bytes of a token with so many entries."""
-        low = self._low(count)
-        ids = count * (low + 1) + ((self.classes - 1) >> low)
-        return -(-(ids + count * COARSE + min(count, HEAD) * FINE + LEAST + REST) // 8)
+        return -(-sum(values * bits for values, bits in self._fields(count)) // 8)
 
     def widths(self, sizes: Tensor) -> Tensor:
         """Bytes of each token, int64, by its place in ``counts``."""
@@ -115,7 +113,14 @@ class TopKCodec:
         return reached.cpu().cumprod(-1).sum(-1).to(torch.uint8)
 
     def _low(self, count: int) -> int:
-        return max((self.classes // count).bit_length() - 1, 0)
+        """How many low bits of an id are kept beside its unary part."""
+        return max((self.classes // count).bit_length() - 1, 1)
+
+    def _fields(self, count: int) -> list[tuple[int, int]]:
+        """How many values of how many bits: the ids' unary and low parts, coarse and fine codes, the least, the rest."""
+        low = self._low(count)
+        unary = count + ((self.classes - 1) >> low)
+        return [(unary, 1), (count, low), (count, COARSE), (min(count, HEAD), FINE), (1, LEAST), (1, REST)]
 
     def _encode(self, ids: Tensor, logp: Tensor, rest: Tensor) -> Tensor:
         count, low = ids.shape[1], self._low(ids.shape[1])
@@ -123,30 +128,25 @@ class TopKCodec:
         ids, order = ids.sort(-1)
         unit = (logp.gather(-1, order) / -_scale(least)).clamp(0, 1)
         high = (ids >> low) + torch.arange(count, device=ids.device)
-        unary = ids.new_zeros(len(ids), count + ((self.classes - 1) >> low), dtype=torch.uint8)
+        unary = ids.new_zeros(len(ids), self._fields(count)[0][0])
         unary.scatter_(-1, high, 1)
         steps = 2**COARSE - 1
         coarse = (unit * steps).round().long()
         within = ((unit * steps - coarse + 0.5) * 2**FINE).long().clamp(0, 2**FINE - 1)
         fine = within.gather(-1, _head(coarse))
         last = ((-rest).clamp(0, RANGE).div(RANGE).sqrt() * (2**REST - 1)).round().long().unsqueeze(-1)
-        parts = ((ids, low), (coarse, COARSE), (fine, FINE), (least, LEAST), (last, REST))
-        return packed(torch.cat([unary, *(_bits(*part) for part in parts)], -1))
+        widths = (width for _, width in self._fields(count))
+        return _packed(zip((unary, ids, coarse, fine, least, last), widths, strict=True))
 
     def _decode(self, strings: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        low, head, steps = self._low(count), min(count, HEAD), 2**COARSE - 1
-        bits = unpacked(strings)
-        lengths = [count + ((self.classes - 1) >> low), count * low, count * COARSE, head * FINE, LEAST, REST]
-        unary, ids, coarse, fine, least, last = bits[:, : sum(lengths)].split(lengths, -1)
-        high = unary.nonzero()[:, 1].view(-1, count) - torch.arange(count, device=bits.device)
-        code = _integers(coarse, COARSE)
-        unit = code / steps
-        within = (_integers(fine, FINE) + 0.5) / 2**FINE - 0.5
-        place = _head(code)
-        unit = unit.scatter(-1, place, ((code.gather(-1, place) + within) / steps).clamp(0, 1))
-        rest = _integers(last, REST).squeeze(-1) / (2**REST - 1)
-        logp = -unit * _scale(_integers(least, LEAST))
-        return (high << low) | _integers(ids, low), logp, -RANGE * rest**2
+        low, steps = self._low(count), 2**COARSE - 1
+        unary, ids, coarse, fine, least, last = _unpacked(strings, self._fields(count))
+        high = unary.nonzero()[:, 1].view(-1, count) - torch.arange(count, device=unary.device)
+        place = _head(coarse)
+        exact = (coarse.gather(-1, place) + (fine + 0.5) / 2**FINE - 0.5) / steps
+        unit = (coarse / steps).scatter(-1, place, exact.clamp(0, 1))
+        rest = last.squeeze(-1) / (2**REST - 1)
+        return (high << low) | ids, -unit * _scale(least), -RANGE * rest**2
 
 
 def log_error(least: float, *, head: bool) -> float:
@@ -167,32 +167,25 @@ def _head(coarse: Tensor) -> Tensor:
     return coarse.sort(dim=-1, stable=True).indices[:, :HEAD]
 
 
-@lru_cache
-def _shifts(width: int, device: torch.device) -> Tensor:
-    return torch.arange(width - 1, -1, -1, device=device)
-
-
-def _bits(values: Tensor, width: int) -> Tensor:
-    return ((values.unsqueeze(-1) >> _shifts(width, values.device)) & 1).to(torch.uint8).flatten(1)
-
-
-def _integers(bits: Tensor, width: int) -> Tensor:
-    if not width:
-        return bits.new_zeros(len(bits), 1, dtype=torch.int64)
-    powers = torch.exp2(_shifts(width, bits.device).float())
-    values = (bits.reshape(-1, width).float() @ powers).long()  # below 2^24: exact
-    return values.view(len(bits), bits.shape[1] // width)
-
-
-def packed(bits: Tensor) -> Tensor:
-    """Bits [N, n], uint8, as bytes [N, n / 8], filled up with zeros."""
-    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
-    powers = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
-    data: Tensor = (bits.unflatten(-1, (-1, 8)) * powers).sum(-1, dtype=torch.uint8)
+def _packed(fields: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Values [N, m] of so many bits each, one field after the other, as bytes [N, ...], filled up with zeros."""
+    parts = [
+        ((values.unsqueeze(-1) >> _shifts(bits, values.device)) & 1).flatten(1) for values, bits in fields
+    ]
+    row = torch.cat(parts, -1)
+    row = torch.nn.functional.pad(row, (0, -row.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    data: Tensor = (row << _shifts(8, row.device)).sum(-1).to(torch.uint8)
     return data
 
 
-def unpacked(strings: Tensor) -> Tensor:
-    return (
-        (strings.unsqueeze(-1) >> torch.arange(7, -1, -1, dtype=torch.uint8, device=strings.device)) & 1
-    ).flatten(1)
+def _unpacked(strings: Tensor, fields: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """The values [N, m], int64, of each field, of which there are m of so many bits."""
+    row = ((strings.unsqueeze(-1) >> _shifts(8, strings.device).to(torch.uint8)) & 1).flatten(1)
+    lengths = [count * bits for count, bits in fields]
+    for (count, bits), part in zip(fields, row[:, : sum(lengths)].split(lengths, -1), strict=True):
+        powers = torch.exp2(_shifts(bits, row.device).float())
+        yield (part.reshape(-1, bits).float() @ powers).long().view(-1, count)  # below 2^24: exact
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(bits - 1, -1, -1, device=device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcore import plugins
 from kdcore.checkpoint import write_json
@@ -31,17 +30,11 @@ def of_run(
 ) -> dict[str, Any]:
     """What a run asks its teacher about and how. ``replayed`` are the streams whose samples change in its ``steps``."""
     table, data = source.table, source.data
-    said: dict[str, Any] = {"view": recipe.teacher[teacher].view, "precision": recipe.train.precision}
-    said["vocabulary"] = {
-        "classes": data.classes,
-        "labels": None if data.labels is None else _digest(list(data.labels)),
-        "tokenizer": None if data.tokenizer is None else _digest(data.tokenizer),
-    }
-    said["data"] = {
-        "source": table.source if table.use == "module" else "ids",
-        "args": table.args,
-        "tune": table.tune,
-        "split_seed": table.split_seed if table.tune else None,
+    meaning = {"labels": data.labels, "tokenizer": data.tokenizer}
+    digests = {name: None if each is None else _digest(each) for name, each in meaning.items()}
+    samples = {
+        **table.model_dump(include={"use", "source", "args"}),
+        "tune": [table.tune, table.split_seed] if table.tune else None,
         "files": files_of(table.args),
         "samples": {name: len(stream) for name, stream in source.streams.items()},
     }
@@ -52,23 +45,27 @@ def of_run(
         "batch_size": table.batch_size,
         "steps": steps,
     }
-    said["augmentation"] = changing if replayed else None
+    said = {
+        "view": recipe.teacher[teacher].view,
+        "precision": recipe.train.precision,
+        "vocabulary": {"classes": data.classes, **digests},
+        "data": samples,
+        "augmentation": changing if replayed else None,
+    }
     return dict(plain(said))
 
 
-def teacher_of(name: str, recipe: Recipe, weights: str) -> dict[str, Any]:
-    """How the teacher is built, and a digest of the weights that it then has."""
+def teacher_of(name: str, recipe: Recipe, teacher: nn.Module) -> dict[str, Any]:
+    """How the teacher is built, and a digest of the weights that it has."""
     table = recipe.teacher[name]
     entry, _ = plugins.registry().find("teacher", table.use)
     return {
+        **table.model_dump(include={"use", "train", "data"}),
         "name": name,
-        "use": table.use,
         "params": table.params,
         "files": files_of(table.params),
-        "train": table.train,
-        "data": table.data,
         "seed": recipe.seed if table.train is not None else None,
-        "weights": weights,
+        "weights": tensors_digest(teacher.state_dict()),
         "build": f"{entry.distribution} {entry.version}",
     }
 
@@ -82,11 +79,6 @@ def files_of(params: Mapping[str, Any]) -> dict[str, str]:
 def identity(header: Mapping[str, Any]) -> str:
     """What the shards of this cache carry, so that they are taken for no other's."""
     return _digest([FORMAT, *(header[key] for key in (*SAME, "cut"))])
-
-
-def made_with() -> dict[str, str]:
-    """For the record; not compared."""
-    return {"torch": torch.__version__, "kdcore": importlib.metadata.version("kdcore")}
 
 
 def read(folder: Path) -> dict[str, Any] | None:

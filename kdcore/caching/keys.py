@@ -72,10 +72,10 @@ def _weights(count: int, device: str) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: each bit of the answer depends on all bits."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    """The finaliser of splitmix64 (its constants as signed integers): each bit of the answer depends on all bits."""
+    x = x - 0x61C8864680B583EB
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
     mixed: Tensor = x ^ _shifted(x, 31)
     return mixed
 
@@ -86,9 +86,6 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return shifted
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
 def _number(*values: Any) -> int:
-    return _signed(int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big"))
+    digest = hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from kdcore import building
-from kdcore.caching.check import changes_inputs, samples
-from kdcore.caching.header import tensors_digest
+from kdcore.caching.check import changes_inputs
 from kdcore.caching.keys import Watched
-from kdcore.data import Keyed
+from kdcore.data import Key, Keyed, batch_of
 from kdcore.errors import InputError
 from kdcore.stages import StageRun, train_teacher
 from kdcore.streams import viewed, with_tensors
@@ -22,11 +21,10 @@ from kdcore.types import Batch, Outputs
 
 @dataclass(frozen=True)
 class Part:
-    """Batches of a stream, or (``stream`` None) steps of the run, of which the last is its dry run."""
+    """The work of a shard: batches of a stream, or (None) steps of the run, of which the last is its dry run."""
 
     stream: str | None
-    first: int
-    last: int
+    places: range
 
 
 @dataclass
@@ -51,29 +49,28 @@ class Recorder:
             raise InputError(place, f"{use!r} changes during a run, or is cached already: nothing to keep")
         if trained is not None:
             self.teacher.load_state_dict(trained.state_dict())
-        self.weights = tensors_digest(self.teacher.state_dict())
         self.distiller, self.run = run.context(self.parts)
-        train_table, self.run.steps_per_epoch = run.recipe.train, self.run.order.steps_per_epoch
-        self.run.total_steps = train_table.steps or (train_table.epochs or 1) * self.run.steps_per_epoch
+        train, self.run.steps_per_epoch = run.recipe.train, self.run.order.steps_per_epoch
+        self.run.total_steps = train.steps or (train.epochs or 1) * self.run.steps_per_epoch
         if any(each.grad_through for _, each in self.parts.components()):
             raise InputError(place, "a component sends gradient through it: a cache cannot")
         self.needs = self.parts.needs.get(name, set())
         if not self.needs:
             raise InputError(place, "no loss and no router of the recipe reads it")
-        self.sizes = run.source.batch_sizes
-        changing = self._changing()
-        streams = run.source.streams.items()
-        self.replayed = [stream for stream, data in streams if changing or hasattr(data, "augment")]
+        self.sizes, changing = run.source.batch_sizes, self._changes_inputs()
+        self.replayed = [n for n, data in run.source.streams.items() if changing or hasattr(data, "augment")]
 
-    def _changing(self) -> list[str]:
-        """The augmentations that make other inputs: as in the run, if they do not learn from it."""
-        found = [name for name, each in self.parts.augmentations.items() if changes_inputs(each)]
-        for name in found:
-            each, events = self.parts.augmentations[name], ("before_step", "after_step", "on_epoch")
-            if each.own_optimizer is not None or any(hasattr(type(each), event) for event in events):
+    def _changes_inputs(self) -> bool:
+        """Whether augmentations make other inputs. InputError where one of them learns how from the training."""
+        changing = {name: each for name, each in self.parts.augmentations.items() if changes_inputs(each)}
+        for name, each in changing.items():
+            events = [
+                event for event in ("before_step", "after_step", "on_epoch") if hasattr(type(each), event)
+            ]
+            if each.own_optimizer is not None or events:
                 problem = "what it makes of a sample depends on the training: no cache can hold it"
                 raise InputError(f"augmentation {name}", problem)
-        return found
+        return bool(changing)
 
     @torch.no_grad()
     def ask(self, part: Batch) -> Said:
@@ -81,56 +78,52 @@ class Recorder:
         batch, taps = viewed(part, self.parts.views[self.name]), self.parts.taps.get(self.name)
         watched, outputs = Watched(batch), Outputs()
         stop = taps is not None and self.needs <= set(taps.names)
-        precision, dtypes = self.recipe.train.precision, {"bf16": torch.bfloat16, "fp16": torch.float16}
-        autocast = torch.autocast(self.run.device.type, dtypes.get(precision), precision in dtypes)
-        self.distiller.train()
         reading: Any = nullcontext({}) if taps is None else taps.reading(stop=stop)
-        with autocast, reading as seen:
+        precision, dtypes = self.recipe.train.precision, {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.distiller.train()
+        with (
+            torch.autocast(self.run.device.type, dtypes.get(precision), precision in dtypes),
+            reading as seen,
+        ):
             outputs = self.teacher(watched)
         return Said(batch, with_tensors(outputs, seen), watched.read - {"id"})
 
     def work(self, together: int) -> list[Part]:
-        """All there is to ask, in parts of so many batches or steps: samples that never change are asked about once."""
-        counts: dict[str | None, int] = {}
-        for name, data in self.source.streams.items():
-            if name not in self.replayed:
-                counts[name] = -(-len(data) // self.sizes[name])
+        """All there is to ask, in parts of so many batches: samples that never change are asked about once."""
+        streams = ((name, len(data)) for name, data in self.source.streams.items())
+        once = ((name, -(-count // self.sizes[name])) for name, count in streams if name not in self.replayed)
+        counts: dict[str | None, int] = dict(once)
         if self.replayed:
             counts[None] = self.run.total_steps + 1
-        return [
-            Part(name, first, min(first + together, count))
-            for name, count in counts.items()
-            for first in range(0, count, together)
-        ]
+        spans = ((name, range(count)) for name, count in counts.items())
+        return [Part(name, span[n : n + together]) for name, span in spans for n in span[::together]]
 
     def batches(self, part: Part) -> Iterator[Batch]:
         """A part's batches, of one stream each, on the device."""
-        for place in range(part.first, part.last):
+        for place in part.places:
             if part.stream is None:
                 yield from self._step(place)
-                continue
-            size = self.sizes[part.stream]
-            last = min((place + 1) * size, len(self.source.streams[part.stream]))
-            yield samples(self.source, part.stream, range(place * size, last)).to(self.run.device)
+            else:
+                data, size = self.source.streams[part.stream], self.sizes[part.stream]
+                places = range(len(data))[place * size : (place + 1) * size]
+                keys = [Key(part.stream, 0, each) for each in places]
+                yield batch_of(data, keys).to(self.run.device)
 
     def _step(self, step: int) -> list[Batch]:
         """What the run sees in a step; in its dry run, a few samples as they are and as they are augmented."""
         run, dry = self.run, step == self.run.total_steps
         self.distiller.train(not dry)
         run.step = 0 if dry else step
-        run.order.begin_epoch(run.epoch)
         if dry:
             run.reseed("dry run")
             batch = run.sample
         else:
+            run.order.begin_epoch(run.epoch)
             run.reseed("step", step, shared=False)
             keys = run.order.keys(step)
             batch = Keyed(self.source.streams, self.source.seed).__getitems__(keys).to(run.device)
-        raw = batch
+        seen = [batch.copy()] if dry else []
         for augmentation in self.parts.augmentations.values():
             batch = augmentation(batch)
-        return [*(self._replayed(raw) if dry else []), *self._replayed(batch)]
-
-    def _replayed(self, batch: Batch) -> list[Batch]:
-        names = batch.streams if batch.parts else tuple(self.source.streams)
-        return [batch.part(name) for name in names if name in self.replayed]
+        names = batch.streams if batch.parts else self.replayed
+        return [each.part(name) for each in [*seen, batch] for name in names if name in self.replayed]

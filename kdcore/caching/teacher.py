@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from kdcore.caching import check
-from kdcore.caching.layout import NAMED
 from kdcore.caching.reader import Cache
 from kdcore.errors import InputError
 from kdcore.kinds import Teacher, evaluating
@@ -30,15 +28,6 @@ class CachedTeacher(Teacher):
         super().__init__()
         self.cache = Cache(Path(path))
         self.weights, self.expected = weights, teacher
-        self.skeleton = _Place()
-        named = [name.removeprefix(NAMED) for name in self.cache.layout.shapes if name.startswith(NAMED)]
-        self.places = dict.fromkeys(name.removesuffix(".in") for name in named)
-        for path in self.places:
-            _grow(self.skeleton, path.split("."))
-
-    @property
-    def model(self) -> nn.Module:
-        return self.skeleton
 
     def setup(self) -> None:
         """Refuse whatever differs between the cache and the run, with the difference in words."""
@@ -59,11 +48,7 @@ class CachedTeacher(Teacher):
             raise InputError(str(self.cache.folder), problem, hint="its inputs change from step to step")
 
     def forward(self, batch: Batch) -> Outputs:
-        outputs = self.cache.outputs(batch)
-        for path in self.places:  # for the taps, which listen to modules
-            said, given = (outputs.tensors.get(name) for name in (path, f"{path}.in"))
-            self.skeleton.get_submodule(path)(said if given is None else given, said)
-        return outputs
+        return self.cache.outputs(batch)
 
     def _check_classes(self, name: str) -> None:
         """A top k says nothing of classes beyond its own, and a student with more would not notice."""
@@ -83,18 +68,3 @@ class CachedTeacher(Teacher):
 
     def set_extra_state(self, state: Any) -> None:
         pass
-
-
-class _Place(nn.Module):
-    """A module of the live teacher that a loss reads: called, so that taps hear what it was given and said."""
-
-    def forward(self, given: Tensor | None, said: Tensor | None) -> Tensor | None:
-        return said
-
-
-def _grow(place: nn.Module, path: list[str]) -> None:
-    """The places along a path of modules."""
-    for name in path:
-        if name not in place._modules:
-            place.add_module(name, _Place())
-        place = place.get_submodule(name)

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kdcore import parallel
-from kdcore import recipe as recipes
 from kdcore.caching import header as headers
 from kdcore.caching.check import temperature
 from kdcore.caching.keys import row_keys
@@ -29,8 +28,9 @@ from kdcore.caching.shards import write as write_shard
 from kdcore.errors import InputError, RunError
 from kdcore.folder import difference, discard
 from kdcore.progress import Progress
+from kdcore.running import stages, versions
 from kdcore.stages import StageRun
-from kdcore.tables import Positive, Recipe, StageTable, Table
+from kdcore.tables import Positive, Recipe, Table
 from kdcore.validation import check_model
 
 SHARD_BYTES = 64 * 2**20
@@ -54,21 +54,20 @@ class Writer:
         first = recorder.ask(next(recorder.batches(recorder.work(together=1)[0])))
         self.inputs, topk = sorted(first.read), None
         if options.codec == "topk":
-            taken_at = temperature(recorder.parts, recorder.name) or 1.0
-            topk = {"k": options.k, "mass": options.mass, "temperature": taken_at}
+            topk = options.model_dump(include={"k", "mass"})
+            topk["temperature"] = temperature(recorder.parts, recorder.name) or 1.0
         self.layout = Layout.of(first.outputs, recorder.needs, topk, options.dtype)
         self.head = first.outputs.unembed if "hidden" in self.layout.shapes else None
         size = sum(piece.nbytes for pieces in self._columns(first).values() for piece in pieces)
-        together = max(SHARD_BYTES // size, 1)  # batches a shard
-        run, recipe, source = recorder.run, recorder.recipe, recorder.source
+        run, recipe, replayed = recorder.run, recorder.recipe, recorder.replayed
         header = {
-            "teacher": headers.teacher_of(recorder.name, recipe, recorder.weights),
-            **headers.of_run(recipe, source, recorder.name, recorder.replayed, run.total_steps),
+            "teacher": headers.teacher_of(recorder.name, recipe, recorder.teacher),
+            **headers.of_run(recipe, recorder.source, recorder.name, replayed, run.total_steps),
             "layout": asdict(self.layout),
             "inputs": self.inputs,
             "head": self.head and [self.head.softcap, self.head.scale],
-            "cut": {"batch_sizes": recorder.sizes, "together": together},
-            "made_with": headers.made_with(),
+            "cut": {"batch_sizes": recorder.sizes, "together": max(SHARD_BYTES // size, 1)},
+            "made_with": versions(recipe),  # for the record
             "shards": [],
         }
         self.header: dict[str, Any] = headers.plain(header)
@@ -89,9 +88,8 @@ class Writer:
         if (before := headers.read(self.folder)) is not None:
             then, now = ({key: header[key] for key in headers.SAME} for header in (before, self.header))
             if change := difference(then, now):
-                raise InputError(
-                    str(self.folder), f"holds another cache: {change}", hint="name another --out"
-                )
+                problem, hint = f"holds another cache: {change}", "name another --out"
+                raise InputError(str(self.folder), problem, hint=hint)
             # the batch size may be another one by now, and what is there was cut by the first
             self.header["cut"] = before["cut"]
             self.recorder.sizes = before["cut"]["batch_sizes"]
@@ -128,26 +126,18 @@ def write(
     if parallel.world() > 1:
         raise InputError("cache", "is made by one process")
     how = check_model(Options, options, "")
-    view, stage = _stage(recipe)
-    names = list(view.teacher)
+    stage = next((each for each in stages(recipe) if each.table.use == "distill"), None)
+    if stage is None:
+        raise InputError("stage", "none is of use = 'distill': there is no teacher to run")
+    names = list(stage.recipe.teacher)
     if teacher not in names and (teacher is not None or len(names) != 1):
         allowed = names or "none: the recipe has no teacher"
         raise InputError("--teacher", "say which", given=teacher, allowed=allowed)
     name = teacher or names[0]
     folder = folder or Path("caches") / f"{recipe.name}-{name}"
     with _alone(folder):
-        run = StageRun(view, stage, folder / "training", {}, progress)
+        run = StageRun(stage.recipe, stage.name, folder / "training", {}, progress)
         return Writer(Recorder(run, name), folder, how).run(progress)
-
-
-def _stage(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe as its first standard stage lays it out."""
-    stages = recipe.stage or [StageTable(use="distill", name="distill")]
-    for index, table in enumerate(stages):
-        if table.use == "distill":
-            return recipes.parse_stage(recipe, table, f"stage.{index}"), recipes.stage_name(table, index)
-    problem = "no stage of use = 'distill': there is no teacher to run"
-    raise InputError("stage", problem, given=[stage.use for stage in stages])
 
 
 @contextmanager
