@@ -136,20 +136,17 @@ class StateHook(Hook):
         """Write step-N.state beside the older ones, then drop all but the newest few."""
         self.last_saved = time.monotonic()
         job = self.job
-        state = {  # by every process: pieces are put together
+        state = {name: each.state_dict() for name, each in self._stateful(runner).items()}  # by all processes
+        if parallel.rank():
+            return
+        state |= {
             "identity": job.identity,
-            "model": job.distiller.state_dict(),
-            "optimizer": runner.optim_wrapper.state_dict(),
-            "schedulers": [s.state_dict() for s in runner.param_schedulers or []],
-            "run": job.run.state_dict(),
             "epoch": runner.epoch,
             "guards": job.distiller.guards.as_dict(),
             "metrics_bytes": job.metrics_file.stat().st_size if job.metrics_file.exists() else 0,
             "latest": self.latest,
             "best": self.best,
         }
-        if parallel.rank():
-            return
         save_state(job.states / f"step-{job.run.step:09d}.state", state)
         for old in sorted(job.states.glob("step-*.state"))[:-KEEP_STATES]:
             old.unlink(missing_ok=True)
@@ -161,12 +158,12 @@ class StateHook(Hook):
         if state and state["identity"] != job.identity and not job.force:
             problem, hint = "this state belongs to another recipe", "use another --out, or --force to go on"
             raise InputError(str(path), problem, hint=hint)
+        if state:
+            with blame(str(path), "this state does not fit the recipe", hint="name another --out"):
+                self._put_back(runner, state)  # forced, or written by something else: it may be any
+            job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
         if not parallel.rank():
             self._clean_up(state.get("metrics_bytes", 0))
-        if state:  # of another architecture or optimiser, where it is forced or somebody else's
-            with blame(str(path), "this state does not fit the recipe", hint="name another --out"):
-                self._put_back(runner, state)
-            job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
 
     def _clean_up(self, metrics_bytes: int) -> None:
         """Away with the drafts of a process that was killed while it wrote, and the metrics after its last state."""
@@ -176,13 +173,16 @@ class StateHook(Hook):
             with writing(self.job.metrics_file):
                 os.truncate(self.job.metrics_file, metrics_bytes)
 
+    def _stateful(self, runner: Runner) -> dict[str, Any]:
+        """What has a ``state_dict`` of its own, by its name in the file."""
+        schedulers = {f"scheduler.{i}": each for i, each in enumerate(runner.param_schedulers or [])}
+        run = self.job.run
+        return {"model": self.job.distiller, "optimizer": runner.optim_wrapper, "run": run, **schedulers}
+
     def _put_back(self, runner: Runner, state: dict[str, Any]) -> None:
         job = self.job
-        job.distiller.load_state_dict(state["model"])
-        runner.optim_wrapper.load_state_dict(state["optimizer"])
-        for scheduler, value in zip(runner.param_schedulers or [], state["schedulers"], strict=True):
-            scheduler.load_state_dict(value)
-        job.run.load_state_dict(state["run"])
+        for name, each in self._stateful(runner).items():
+            each.load_state_dict(state[name])
         job.distiller.guards.load(state["guards"])
         self.latest, self.best = state["latest"], state["best"]
         runner.train_loop._epoch, runner.train_loop._iter = state["epoch"], job.run.step

@@ -70,7 +70,8 @@ class FunctionLoss(Loss):
         return chunked(function, *sides, student.mask, per_token=rest, **self.params)
 
     def extra_repr(self) -> str:
-        return f"{self.function}, {self.params}"
+        name = getattr(self.function, "__name__", "function")  # its repr has an address: no two runs would be equal
+        return ", ".join([name, *(f"{key}={value}" for key, value in self.params.items())])
 
 
 def _bound(name: str, student: Outputs, teacher: Outputs, batch: Batch) -> Any:

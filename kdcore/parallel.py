@@ -115,32 +115,23 @@ def group() -> Iterator[None]:
     """The process group that torchrun describes in the environment, for this block; nothing without it.
 
     It is left in step: a rank whose peer is gone already would be aborted by the background threads of gloo.
-    Where a peer is gone before that, the block ends with a RunError.
+    Where a peer is gone before that, the block ends with a RunError: the libraries below tell of sockets.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        with _peers():
-            yield
-        return
-    if torch.cuda.is_available():
+    mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if mine and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # numbers are summed on the CPU, tensors where they are
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with _peers():
-            yield
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    """A connection that broke in this block, in words: the libraries below tell of sockets."""
+    if mine:  # numbers are summed on the CPU, tensors where they are
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        if mine:
+            dist.barrier()
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
             raise
         gone = f"another process of this run is gone, so this one ({rank()} of {world()}) ends too"
         hint = "what it said is above, if it could; the last saved state is kept: kd resume, or --resume"
         raise RunError(f"{gone}: {cause(error, 100)}\n  hint    {hint}") from error
+    finally:
+        if mine:
+            dist.destroy_process_group()

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stop:
-    """The request to stop, as the handlers noted it."""
+    """The request to stop, as the handlers noted it: the signal's name."""
 
     _name = ""
 

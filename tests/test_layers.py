@@ -106,6 +106,11 @@ def test_each_layer_imports_only_what_stands_before_it(name: str) -> None:
     assert not set(imported(CORE / f"{name}.py", top_level=True)) & later
 
 
+def test_only_a_run_that_asks_for_it_imports_what_shards_models() -> None:
+    for path in CORE.rglob("*.py"):
+        assert "kdcore.sharding" not in set(imported(path, top_level=True)), path
+
+
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
 def test_a_plugin_imports_no_other_plugin_and_no_private_name(package: Path) -> None:
     for path in package.rglob("*.py"):

@@ -107,8 +107,9 @@ def test_learning_rate_schedules(
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(tiny: dict[str, Any], tmp_path: Path) -> None:
-    first = kdcore.run(tiny, out=tmp_path / "a").folder
-    second = kdcore.run(tiny, out=tmp_path / "b").folder
+    run = kdcore.run(tiny, out=tmp_path / "a")
+    assert run.results["conventions"][0]["component"] == "FunctionLoss(kd_loss, temperature=4.0)"
+    first, second = run.folder, kdcore.run(tiny, out=tmp_path / "b").folder
     third = kdcore.run(tiny, seed=1, out=tmp_path / "c").folder
     assert distance(first, second) == 0.0
     assert distance(first, third) > 0.0
