@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from kdcore.tables import Recipe
 from kdcore.testing import toys
 from kdcore.testing.findings import Failed
 from kdcore.testing.subjects import Call, Subject
-from kdcore.testing.tensors import NATIVE, copied, mapped
+from kdcore.testing.tensors import NATIVE, mapped
 
 NAMES = {"loss": ("student", "teacher", "batch"), "router": ("batch", "student", "teachers")}
+_FORMS: tuple[toys.Form, ...] = ("image", "tokens", "flat", "colour", "dense")
 _WIDTHS = r"dim|width|feature|channel|embed|hidden"
 Attempt = tuple[str, Callable[[], list[Call]]]
 
@@ -46,14 +49,11 @@ def _attempts(s: Subject) -> Iterator[Attempt]:
     wants = " ".join(s.schema.tensors or getattr(s.target, "reads", ()))
     named = {name for _, name in re.findall(r"\b(student|teacher)[._](\w+)", wants)}
     of_logits = s.kind in NAMES and named <= {*NATIVE}
-    if of_logits:
-        yield "toy logits", partial(_logits, s, params)
-    for path in s.plugin.recipes:
-        for view in toys.views(recipe.read(path).tree):
-            yield path.name, partial(_within, s, view)
-    forms = () if of_logits else _forms(wants) if s.kind == "loss" else ("image", "flat", "tokens", "colour")
-    for form in forms:
-        yield f"toy {form}", partial(_layers if s.kind == "loss" else _plain, s, form, params)
+    forms = _FORMS if s.kind != "loss" or of_logits else _forms(wants)
+    toy = [(f"toy {form}", partial(_toy, s, form, params, of_logits)) for form in forms]
+    views = ((path, view) for path in s.plugin.recipes for view in toys.views(recipe.read(path).tree))
+    real = ((path.name, partial(_within, s, view)) for path, view in views)
+    yield from chain(toy, real) if of_logits else chain(real, toy)
 
 
 def _forms(wants: str) -> tuple[toys.Form, ...]:
@@ -68,65 +68,51 @@ def _forms(wants: str) -> tuple[toys.Form, ...]:
 
 
 def _own(s: Subject, sample: Mapping[str, Any], params: Mapping[str, Any]) -> list[Call]:
-    s.settle(_toy(s, "image"), params)
+    s.settle(toys.Home(recipe.parse(toys.tree("image")), s.folder), params)
     return [_answered(s, {name: sample.get(name) for name in NAMES.get(s.kind, ("batch",))})]
 
 
 def _within(s: Subject, view: Recipe) -> list[Call]:
     """With what the core gives it in a step of a recipe that names it."""
-    names, found = (s.component.name, s.name), recipe.components(view)
-    place, params = next(((p, t.params) for p, k, t in found if k == s.kind and t.use in names), ("", {}))
-    if not place:
-        raise LookupError(f"no stage of it names {s.component.name}")
-    home = toys.Home(view, s.folder)
-    if not (args := home.seen(home.at(place))):
-        raise LookupError(f"no stage of it calls {s.component.name}")
+    home, params, args = _seen(s, view)
     s.settle(home, params)
-    return [_answered(s, dict(zip(NAMES.get(s.kind, ("batch",)), copied(args), strict=False)))]
+    return [_answered(s, args)]
 
 
-def _logits(s: Subject, given: Mapping[str, Any]) -> list[Call]:
-    """A loss or router that reads logits, on random ones of every layout that it takes."""
-    calls: list[Call] = []
-    problems = []
-    for form in ("image", "tokens", "dense") if s.kind == "loss" else ("image",):
-        if calls and form == "dense":
-            break
-        try:
-            home = _toy(s, form)
-            if not calls:
-                s.settle(home, _params(s, form, given))
-            call = _answered(s, _random(home.plain(s.kind, s.kind == "loss" and s.declared.joint)))
-        except Exception as error:  # not made for this layout
-            problems.append(error)
-            continue
-        shapes = {tuple(term.shape) for term in s.answer(call).values()}
-        if not calls or s.declares_tokens or (toys.B, toys.L) in shapes:
-            calls.append(call)
-    if not calls:
-        raise problems[0]
-    return calls
-
-
-def _layers(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> list[Call]:
-    """A loss that reads layers, in a toy recipe with taps."""
+def _toy(s: Subject, form: toys.Form, given: Mapping[str, Any], of_logits: bool) -> list[Call]:
+    """In a toy recipe, with random numbers for what its models say; of a loss that works on tokens, on them too."""
     params = _params(s, form, given)
-    loss = Builder(0).make("loss", s.name, params, s.name)
-    tree = toys.with_loss(form, {"use": s.name, **params}, loss.wants(), loss.joint)
-    (call,) = _within(s, recipe.parse(tree))
-    return [_answered(s, _random(call.args))]
-
-
-def _plain(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> list[Call]:
-    s.settle(_toy(s, form), _params(s, form, given))
-    return [_answered(s, s.home.plain(s.kind, False))]
+    if s.kind != "loss":
+        s.settle(toys.Home(recipe.parse(toys.tree(form)), s.folder), params)
+        return [_answered(s, _random(s.home.plain(s.kind)))]
+    home, params, args = _seen(s, _with_loss(s, form, params))
+    s.settle(home, params)
+    calls = [_answered(s, _random(args))]
+    with suppress(Exception):  # not made for tokens
+        if of_logits and form != "tokens":
+            call = _answered(s, _random(_seen(s, _with_loss(s, "tokens", _params(s, "tokens", given)))[2]))
+            by_token = (toys.B, toys.L) in {tuple(term.shape) for term in s.answer(call).values()}
+            calls += [call] if by_token or s.declares_tokens else []
+    return calls
 
 
 # ---- their parts --------------------------------------------------------------------------------------
 
 
-def _toy(s: Subject, form: toys.Form) -> toys.Home:
-    return toys.Home(recipe.parse(toys.tree(form)), s.folder)
+def _seen(s: Subject, view: Recipe) -> tuple[toys.Home, dict[str, Any], dict[str, Any]]:
+    """A run of a recipe, the component's parameters in it, and its arguments in a step; LookupError without."""
+    names, found = (s.component.name, s.name), recipe.components(view)
+    place, params = next(((p, t.params) for p, k, t in found if k == s.kind and t.use in names), ("", {}))
+    if not place:
+        raise LookupError(f"no stage of it names {s.component.name}")
+    home = toys.Home(view, s.folder)
+    args = home.seen(home.at(place))
+    return home, params, dict(zip(NAMES.get(s.kind, ("batch",)), args, strict=True))
+
+
+def _with_loss(s: Subject, form: toys.Form, params: Mapping[str, Any]) -> Recipe:
+    loss = Builder(0).make("loss", s.name, params, s.name)
+    return recipe.parse(toys.with_loss(form, {"use": s.name, **params}, loss.wants(), loss.joint))
 
 
 def _answered(s: Subject, args: dict[str, Any]) -> Call:
@@ -149,15 +135,15 @@ def _random(args: Any) -> dict[str, Any]:
 
 def _params(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> dict[str, Any]:
     """The toy's parameters where none are given: of what is required, and of every count of classes or teachers."""
-    found = dict(given)
+    found, table = dict(given), toys.model_table(form)
     for name, parameter in s.schema.params.items():
-        required, table = parameter.default is parameter.empty, toys.model_table(form)
+        required, made = parameter.default is parameter.empty, s.schema.made(name)
         size = _counted(s, name, form) or (toys.D if required and re.search(_WIDTHS, name) else None)
         if name in found or not (required or (size and type(parameter.default) is int)):
             continue
-        if s.schema.made(name) in ("student", "teacher"):
+        if made in ("student", "teacher"):
             found[name] = table
-        elif name == "model" and s.schema.made(name) == "callable":
+        elif name == "model" and made == "callable":
             found |= {"model": table["model"], "args": table["args"]}
         elif size is None:
             raise LookupError(f"no value for the parameter {name!r}")

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ COMPUTING = ("loss", "router", "student", "teacher", "augmentation")
 @check(*COMPUTING, after=("imports", "kind", "schema"))
 def events(s: Subject) -> None:
     """An event or argument that does not exist is never called. Do: compare with kdcore.hookspecs.RunEvents."""
-    found = [n for n in dir(s.target) if n.startswith(EVENT_PREFIXES) or n in EVENTS]
-    stand_in = type(
-        s.component.name, (), {n: getattr(s.target, n) for n in found if inspect.isclass(s.target)}
-    )
+    named = [n for n in dir(s.target) if n.startswith(EVENT_PREFIXES) or n in EVENTS]
+    methods = {name: getattr(s.target, name) for name in named if inspect.isclass(s.target)}
+    stand_in = type(s.component.name, (), methods)  # made without parameters
     events_of([(s.component.name, stand_in())])
 
 
@@ -58,16 +58,12 @@ def determinism(s: Subject, call: Call) -> None:
 def _memory(s: Subject) -> str:
     """A digest of what a component's function or class, and its module, hold from call to call."""
     function = getattr(s.declared, "function", type(s.declared).forward)
-    cells = {
-        str(i): cell.cell_contents for i, cell in enumerate(getattr(function, "__closure__", None) or ())
-    }
+    cells = dict(enumerate(cell.cell_contents for cell in getattr(function, "__closure__", None) or ()))
     owners = [vars(type(s.declared)), vars(function), getattr(function, "__globals__", {}), cells]
     digest = hashlib.sha256()
-    for value in [v for owner in owners for name, v in owner.items() if not name.startswith("__")]:
-        try:
+    for value in [v for owner in owners for name, v in owner.items() if not str(name).startswith("__")]:
+        with suppress(Exception):  # a module, a lambda: what cannot be pickled holds no numbers to compare
             digest.update(pickle.dumps(value))
-        except Exception:  # a module, a lambda: what cannot be pickled holds no numbers to compare
-            continue
     return digest.hexdigest()
 
 
@@ -129,9 +125,7 @@ def batch_order(s: Subject, call: Call) -> None:
             expected, got = value.sum(), second[name].sum()
         else:
             expected, got = value[order] if per_sample(call, value) else value, second[name]
-        fail_if(
-            not same(expected, got), f"{name}: the samples in another order give other values".lstrip(": ")
-        )
+        fail_if(not same(expected, got), f"{name}: samples in another order give other values".lstrip(": "))
 
 
 @check("loss", "student", "teacher", after=(*BASICS, "batch_order"))

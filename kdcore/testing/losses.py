@@ -68,9 +68,8 @@ def mask(s: Subject) -> None:
         other = s.total(call.but(noise_where(hidden)))
         fail_if(not same(total, other), "values at masked positions change the loss")
         with suppress(RuntimeError, ValueError, IndexError):  # it may be made for one length
-            fail_if(
-                not same(total, s.total(_padded(call, hidden))), "two more masked positions change the loss"
-            )
+            longer = s.total(_padded(call, hidden))
+            fail_if(not same(total, longer), "two more masked positions change the loss")
         grads = [g for g in s.gradients(call).values() if g.shape[:2] == hidden.shape]
         fail_if(any(bool(g[hidden].any()) for g in grads), "masked positions take gradient")
 
@@ -97,7 +96,7 @@ def batch_mean(s: Subject, call: Call) -> None:
     second = s.answer(call.rows(twice))
     equal = [same(v[twice] if v.dim() else v, second[name]) for name, v in s.answer(call).items()]
     fail_if(
-        not all(equal), "the same samples twice give another value: divided by the batch, or summed over it"
+        not all(equal), "the same samples twice give another value: it divides by the batch, or sums over it"
     )
 
 

@@ -103,6 +103,7 @@ class Subject:
         """Live in this run with these parameters."""
         self.home, self.params, self.calls = home, dict(params), []
         self.declared = home.make(self.kind, self.name, params)
+        home.rest()
         self.world = home.signature()
 
     def fresh(self, **over: Any) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdcore import recipe
 from kdcore.building import assemble
@@ -17,38 +16,46 @@ from kdcore.parts import Slot
 from kdcore.recipe import is_artefact
 from kdcore.stages import StageRun
 from kdcore.tables import Recipe
-from kdcore.testing.tensors import NATIVE
+from kdcore.testing.tensors import NATIVE, copied
 from kdcore.types import Batch, Data
 
 # All different, so that a shape says which axis it is.
 B, C, L, V, D, SIDE = 6, 5, 4, 7, 8, 3
 TEACHERS = ("main", "second", "third")
 Form = Literal["flat", "image", "tokens", "colour", "dense"]
-_MODELS: dict[Form, tuple[str, dict[str, Any]]] = {
-    "flat": ("kdcore.zoo:mlp", {"inputs": 64, "hidden": [D], "classes": C}),
-    "image": ("kdcore.zoo:conv_net", {"width": 2, "classes": C}),
-    "colour": ("kdcore.zoo:conv_net", {"width": 2, "classes": C, "in_channels": 3}),
-    "tokens": ("kdcore.testing.toys:language_model", {}),
-    "dense": ("torch.nn:Conv2d", {"in_channels": 1, "out_channels": C, "kernel_size": 1}),
+_FORMS: dict[Form, tuple[str, dict[str, Any], tuple[int, ...], str]] = {  # model, args, input, where to tap
+    "flat": ("kdcore.zoo:mlp", {"inputs": 64, "hidden": [D], "classes": C}, (64,), "hidden0"),
+    "image": ("kdcore.zoo:conv_net", {"width": 2, "classes": C}, (1, 8, 8), "body.1"),
+    "colour": ("kdcore.zoo:conv_net", {"width": 2, "classes": C, "in_channels": 3}, (3, 32, 32), "body.1"),
+    "tokens": ("kdcore.testing.toys:TokenModel", {}, (L,), "0"),
+    "dense": (
+        "torch.nn:Conv2d",
+        {"in_channels": 1, "out_channels": C, "kernel_size": 1},
+        (1, SIDE, SIDE),
+        "",
+    ),
 }
-_INPUTS = {"flat": (64,), "image": (1, 8, 8), "colour": (3, 32, 32), "dense": (1, SIDE, SIDE)}
-_TAPS = {"flat": "hidden0", "image": "body.1", "tokens": "0"}
 
 
-def language_model() -> nn.Sequential:
-    """It sees one token at a time: ids [B,L] -> logits [B,L,V]."""
-    return nn.Sequential(nn.Embedding(V, D), nn.Tanh(), nn.Linear(D, V))
+class TokenModel(nn.Sequential):
+    """It sees one token at a time: ids [B,L] -> logits [B,L,V], with the mask of what is no padding (0)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(V, D), nn.Tanh(), nn.Linear(D, V))
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(ids), "mask": ids > 0}
 
 
 def data(*, form: Form) -> Data:
     """24 random samples of one form, in every split: ``input`` and ``target``, of tokens ``mask`` too."""
     generator, count = torch.Generator().manual_seed(0), 24
     if form == "tokens":
-        ids = torch.randint(V, (count, L + 1), generator=generator)
-        mask = torch.arange(L) < torch.tensor([4, 2, 3, 1, 4, 2]).repeat(4).unsqueeze(1)
-        values = {"input": ids[:, :-1], "target": ids[:, 1:].masked_fill(~mask, -100), "mask": mask}
+        ids, lengths = torch.randint(1, V, (count, L), generator=generator), torch.tensor([4, 2, 3, 1, 4, 2])
+        mask = torch.arange(L) < lengths.repeat(count // B).unsqueeze(1)
+        values = {"input": ids * mask, "target": ids.roll(-1, 1).masked_fill(~mask, -100), "mask": mask}
     else:
-        images = torch.rand(count, *_INPUTS[form], generator=generator)
+        images = torch.rand(count, *_FORMS[form][2], generator=generator)
         shape = (count, SIDE, SIDE) if form == "dense" else (count,)
         values = {"input": images, "target": torch.randint(C, shape, generator=generator)}
     train, val, test, tune = (TensorSet(torch.arange(count), **values) for _ in range(4))
@@ -57,7 +64,7 @@ def data(*, form: Form) -> Data:
 
 def model_table(form: Form) -> dict[str, Any]:
     """A recipe's table of a model that takes this form."""
-    model, args = _MODELS[form]
+    model, args, *_ = _FORMS[form]
     return {"use": "module", "model": model, "args": args}
 
 
@@ -73,27 +80,35 @@ def tree(form: Form) -> dict[str, Any]:
 
 
 def with_loss(form: Form, table: Mapping[str, Any], wants: tuple[str, ...], joint: bool) -> dict[str, Any]:
-    """The toy recipe with a loss that reads a layer under each name."""
+    """The toy recipe with a loss that reads a layer under each name, beside the stock one instead of a task."""
     reads: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
     for side, _, name in (each.partition(".") for each in wants):
         if name not in NATIVE:
-            reads[side][name] = _TAPS[form]
-    return {**tree(form), "loss": [{**table, "reads": reads, **({} if joint else {"teacher": "main"})}]}
+            reads[side][name] = _FORMS[form][3]
+    found, teachers = tree(form), {} if joint else {"teacher": "main"}
+    losses = [{**table, "reads": reads, **teachers}, {"use": "kd", "teacher": "main"}]
+    return {**found, "task": {**found["task"], "weight": 0}, "loss": losses}
 
 
 class Home:
     """A prepared run for a component to live in: of a toy recipe, or of a plugin's own."""
 
     def __init__(self, view: Recipe, folder: Path) -> None:
-        self.recipe, self.slot = view, None  # type: tuple[Recipe, Slot | None]
+        self.slot: Slot | None = None
         stage = StageRun(view, "conformance", folder)
         self.builder = stage.builder()
         self.parts = assemble(view, stage.source, self.builder)
         for slot in self.parts.losses:
             slot.weight = 1.0  # a ramp may begin at 0
         self.distiller, self.run = stage.context(self.parts)
-        self.distiller.eval()
+        self.rest()
         self.run.total_steps, self.run.steps_per_epoch = 10, 5
+
+    def rest(self) -> None:
+        """Everything in eval mode, whatever a component did to that."""
+        for model in (self.distiller, *self.run.teachers.values()):
+            for module in model.modules():
+                module.training = False
 
     def at(self, place: str) -> nn.Module:
         """The component at a place of the recipe, such as ``loss.0``."""
@@ -109,10 +124,7 @@ class Home:
         """A component built, given its run and set up as the core does it; always with the same weights."""
         component = self.builder.make(kind, name, params, name)
         component.run = self.run
-        if kind == "loss":  # its setup may ask what the recipe says of it
-            if self.slot is None:
-                self.slot = Slot("conformance", component, teachers=("main",))
-                self.parts.losses.append(self.slot)
+        if self.slot is not None:  # its setup may ask what the recipe says of it
             self.slot.loss = component
         self.run.reseed("setup")
         if callable(getattr(component, "setup", None)):
@@ -129,32 +141,30 @@ class Home:
     def batch(self) -> Batch:
         return self.run.source.sample(B).to("cpu")
 
-    def plain(self, kind: str, joint: bool) -> dict[str, Any]:
-        """The arguments that a component of this kind is called with in a run without taps and streams."""
+    @torch.no_grad()
+    def plain(self, kind: str) -> dict[str, Any]:
+        """The arguments of a router, a model or an augmentation that a recipe need not name."""
         batch = self.batch()
-        if kind not in ("loss", "router"):
+        if kind != "router":
             return {"batch": batch}
-        aligned = {key: batch[key] for key in ("mask", "target") if "mask" in batch}
-        with torch.no_grad():
-            student = replace(self.run.ask("student", batch), **aligned)
-            teachers = {name: replace(self.run.ask(name, batch), **aligned) for name in self.run.teachers}
-        if kind == "router":
-            return {"batch": batch, "student": student, "teachers": teachers}
-        return {"student": student, "teacher": teachers if joint else teachers["main"], "batch": batch}
+        teachers = {name: self.run.ask(name, batch) for name in self.run.teachers}
+        return {"batch": batch, "student": self.run.ask("student", batch), "teachers": teachers}
 
+    @torch.no_grad()
     def seen(self, component: nn.Module) -> tuple[Any, ...]:
-        """The arguments that the core calls a component with in one step; empty if it never does."""
+        """The arguments that the core calls a component with in one step; LookupError if it never does."""
         found: list[tuple[Any, ...]] = []
-        handle = component.register_forward_pre_hook(lambda _, args: found.append(args))
+        handle = component.register_forward_pre_hook(lambda _, args: found.append(copied(args)))
         try:
-            with torch.no_grad():
-                batch = self.batch()
-                for augmentation in self.parts.augmentations.values():
-                    batch = augmentation(batch)
-                self.distiller.terms(batch)
+            batch = self.batch()
+            for augmentation in self.parts.augmentations.values():
+                batch = augmentation(batch)
+            self.distiller.terms(batch)
         finally:
             handle.remove()
-        return found[0] if found else ()
+        if not found:
+            raise LookupError(f"no step of it calls {type(component).__name__}")
+        return found[0]
 
 
 def views(table: Mapping[str, Any]) -> Iterator[Recipe]:
