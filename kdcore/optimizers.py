@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +16,24 @@ from kdcore.signature import schema_of
 from kdcore.tables import Recipe, Use
 
 
-def optimizer_of(table: Use | Mapping[str, Any], params: list[Any], place: str) -> torch.optim.Optimizer:
+def optimizer_of(table: Use, params: list[Any], place: str) -> torch.optim.Optimizer:
     """A torch optimiser by name, its options checked against its signature; ``params`` as torch takes them."""
-    options = {"use": table.use, **table.params} if isinstance(table, Use) else dict(table)
-    use, known = options.pop("use"), _known()
+    use, known = table.use, _known()
     if use not in known:
         problem = "no such optimiser in torch.optim, or none that steps without a closure"
         raise InputError(f"{place}.use", problem, given=use, allowed=known)
     schema = schema_of(known[use], use)
     schema = replace(schema, params={k: v for k, v in schema.params.items() if k != "params"})
-    checked = schema.validate(options, place)
-    with blame(place, f"{use} refused its options", given=options):
+    checked = schema.validate(table.params, place)
+    with blame(place, f"{use} refused its options", given=table.params):
         return known[use](params, **checked)
 
 
 def _known() -> dict[str, type[torch.optim.Optimizer]]:
     """torch's optimisers by name, without those whose step needs a closure (LBFGS)."""
-    base = torch.optim.Optimizer
-    classes = {n: v for n, v in vars(torch.optim).items() if inspect.isclass(v) and issubclass(v, base)}
-    return {name: each for name, each in classes.items() if name not in ("Optimizer", "LBFGS")}
+    classes = inspect.getmembers(torch.optim, inspect.isclass)
+    own = [(name, each) for name, each in classes if issubclass(each, torch.optim.Optimizer)]
+    return {name: each for name, each in own if name not in ("Optimizer", "LBFGS")}
 
 
 def trainable(parts: Parts) -> list[nn.Parameter]:
@@ -60,5 +58,5 @@ def own_optimizers(parts: Parts, recipe: Recipe) -> dict[str, torch.optim.Optimi
             raise InputError(place, "this component is trained by the run's optimiser", hint="take it out")
         params = [p for p in component.parameters() if p.requires_grad]
         if component.own_optimizer is not None and params:
-            found[name] = optimizer_of(table or component.own_optimizer, params, place)
+            found[name] = optimizer_of(table or Use(**component.own_optimizer), params, place)
     return found

@@ -28,7 +28,7 @@ from kdcore.preparing import prepare
 from kdcore.progress import Progress
 from kdcore.recipe import merge, parse, teacher_train
 from kdcore.tables import Ramp, Recipe, TrainTable
-from kdcore.task import Task, classes_of, evaluate
+from kdcore.task import Task, judge
 from kdcore.types import CONVENTIONS
 
 
@@ -158,7 +158,7 @@ class StageRun:
         self, model: Any, task: Task, split: str, view: Mapping[str, str] | None = None
     ) -> dict[str, float]:
         """The task's metrics of a model, behind its view, on a split."""
-        return evaluate(model, self.source.loader(split), task, self.device, view)
+        return judge(model, self.source.loader(split), task, self.device, view).compute()
 
 
 class Distill(Stage):
@@ -217,14 +217,14 @@ def _judged(
     """Test metrics of every model behind its view, with the student's agreement with each teacher."""
     if task.table.use == "none":
         return {}
-    found = {name: run.evaluate(model, task, "test", views[name]) for name, model in models.items()}
-    if task.table.use != "classification":
-        return found
-    compared = {name: model for name, model in models.items() if name != "baseline"}
-    said = {n: classes_of(m, run.source.loader("test"), run.device, views[n]) for n, m in compared.items()}
-    ours = said.pop("student")
-    for name, theirs in said.items():
-        if len(theirs):
+    meters = {
+        name: judge(model, run.source.loader("test"), task, run.device, views[name])
+        for name, model in models.items()
+    }
+    found = {name: meter.compute() for name, meter in meters.items()}
+    for name, meter in meters.items():
+        if meter.classes and name not in ("student", "baseline"):
+            ours, theirs = torch.cat(meters["student"].classes), torch.cat(meter.classes)
             found["student"][f"agreement_{name}"] = float((ours == theirs).double().mean())
     return found
 

@@ -86,10 +86,14 @@ class Task:
 
 
 class Meter:
-    """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once."""
+    """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once.
+
+    ``classes`` are the predicted ones, batch by batch, where the task is classification.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task, self._loss, self._rows = task, 0.0, 0
+        self.classes: list[Tensor] = []
         # a language model's classes are its vocabulary, which its first logits tell
         self._metrics = {} if task.table.use == "language" else self._made(task.classes)
 
@@ -106,11 +110,16 @@ class Meter:
         return kind(task="multiclass", num_classes=classes, **options)
 
     def update(self, inferred: Mapping[str, Tensor], outputs: Outputs, batch: Batch) -> None:
-        """Nothing to judge where there is no target, or where a teacher infers nothing."""
-        target = target_of(outputs, batch)
-        if target is None or not inferred:
+        """Of what a model infers its logits, probabilities, or the first that there is; nothing is judged as nothing."""
+        if not inferred:
             return
-        prediction, target = prediction_of(inferred).detach().float().cpu(), target.cpu()
+        first, target = next(iter(inferred.values())), target_of(outputs, batch)
+        prediction = inferred.get("logits", inferred.get("probabilities", first)).detach().float().cpu()
+        if self.task.table.use == "classification":
+            self.classes.append(prediction.argmax(1))
+        if target is None:
+            return
+        target = target.cpu()
         if self.task.table.use == "language":
             self._metrics = self._metrics or self._made(prediction.shape[-1])
             prediction, target = prediction[target != -100], target[target != -100]
@@ -157,12 +166,6 @@ def target_of(outputs: Outputs, batch: Batch) -> Tensor | None:
     return outputs.target if outputs.target is not None else batch.get("target")
 
 
-def prediction_of(inferred: Mapping[str, Tensor]) -> Tensor:
-    """What metrics take of what a model infers: its logits, probabilities, or the first that there is."""
-    first = next(iter(inferred.values()))
-    return inferred.get("logits", inferred.get("probabilities", first))
-
-
 @torch.no_grad()
 def answers(model: Any, loader: Loader, device: torch.device, view: View = None) -> Iterator[Answer]:
     """Each batch of a loader with what the model, behind its view, says of it in eval mode."""
@@ -174,10 +177,8 @@ def answers(model: Any, loader: Loader, device: torch.device, view: View = None)
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, loader: Loader, task: Task, device: torch.device, view: View = None
-) -> dict[str, float]:
-    """The metrics of what ``model`` infers over a loader; none of a teacher that infers nothing."""
+def judge(model: Any, loader: Loader, task: Task, device: torch.device, view: View = None) -> Meter:
+    """The task's meter over what ``model`` infers; empty of a teacher that infers nothing."""
     meter = task.meter()
     for batch, outputs in answers(model, loader, device, view):
         meter.update(model.infer(outputs), outputs, batch)
@@ -186,11 +187,4 @@ def evaluate(
             terms = task.terms(outputs, batch) if own is None else own
             if terms is not None:
                 meter.add_loss(terms, outputs, batch)
-    return meter.compute()
-
-
-@torch.no_grad()
-def classes_of(model: Any, loader: Loader, device: torch.device, view: View = None) -> Tensor:
-    """[N], the class that a model infers of each sample; empty for a teacher that infers nothing."""
-    inferred = (model.infer(outputs) for _, outputs in answers(model, loader, device, view))
-    return torch.cat([torch.zeros(0), *(prediction_of(each).argmax(1) for each in inferred if each)])
+    return meter

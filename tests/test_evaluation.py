@@ -18,7 +18,7 @@ from kdcore.counts import Counts
 from kdcore.report import read_metrics
 from kdcore.shipping import load_student, request_of
 from kdcore.tables import TaskTable
-from kdcore.task import Task, evaluate, higher_is_better
+from kdcore.task import Task, higher_is_better, judge
 
 SIZES = (3, 5)
 
@@ -45,7 +45,7 @@ class TwoTerms(Given):
 
 def test_the_loss_is_a_metric_over_all_samples() -> None:
     task = Task(TaskTable(metrics=["loss", "accuracy"]), 4)
-    found = evaluate(Given(), batches(), task, torch.device("cpu"))
+    found = judge(Given(), batches(), task, torch.device("cpu")).compute()
     z, target = (torch.cat([b[k] for b in batches()]) for k in ("z", "target"))
     assert list(found) == ["loss", "accuracy"]  # the first decides what is best
     assert found["loss"] == pytest.approx(F.cross_entropy(z, target).item(), rel=1e-5)
@@ -54,7 +54,7 @@ def test_the_loss_is_a_metric_over_all_samples() -> None:
 
 def test_a_students_own_loss_is_the_one_that_counts() -> None:
     task = Task(TaskTable(use="none", metrics=["loss"]), None)
-    found = evaluate(TwoTerms(), batches(), task, torch.device("cpu"))
+    found = judge(TwoTerms(), batches(), task, torch.device("cpu")).compute()
     z = torch.cat([b["z"] for b in batches()])
     assert found["loss"] == pytest.approx(z.square().sum(1).mean().item() + 1, rel=1e-5)
 
@@ -72,7 +72,7 @@ def test_the_best_is_the_lowest_loss(tiny: dict[str, Any], tmp_path: Path) -> No
     assert request.metric_name == "accuracy"  # what a graph can be judged by without the model
     assert request.metric is not None
     assert 0 <= request.metric(request.rule, request.targets) <= 1
-    kept = evaluate(student, run.source.loader("val"), Task(run.recipe.task, 10), torch.device("cpu"))
+    kept = judge(student, run.source.loader("val"), Task(run.recipe.task, 10), torch.device("cpu")).compute()
     assert kept["loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_a_metric_by_its_import_string_judges_a_task_of_its_own(write_module: An
     sys.modules["test_evaluation_metric"] = sys.modules[__name__]
     metric = f"{name}:Largest"
     task = Task(TaskTable(use="own", metrics=[metric, "loss"]), None)
-    found = evaluate(TwoTerms(), batches(), task, torch.device("cpu"))
+    found = judge(TwoTerms(), batches(), task, torch.device("cpu")).compute()
     assert found[metric] == pytest.approx(max(float(b["z"].max() - b["target"].max()) for b in batches()))
     assert task.terms(Outputs(logits=torch.zeros(2, 3)), Batch({"target": torch.tensor([0, 1])})) is None
     assert not higher_is_better(metric)
