@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -53,6 +53,17 @@ class Page:
         numbers = [all(text[:1] in "+-0123456789" for text in column) for column in zip(*shown, strict=True)]
         rule = ["---:" if right else "---" for right in numbers or [False] * len(head)]
         self._parts.append("\n".join(f"| {' | '.join(row)} |" for row in ([*map(str, head)], rule, *shown)))
+
+    def section(self, title: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """A heading and a table of rows by the names of their columns; nothing where there are no rows."""
+        found = list(rows)
+        if found:
+            keys = list(dict.fromkeys(key for row in found for key in row))
+            self.heading(title)
+            self.table([k.replace("_", " ") for k in keys], [[row.get(k, "") for k in keys] for row in found])
+
+    def facts(self, title: str, values: Mapping[str, Any]) -> None:
+        self.section(title, ({"what": key, "value": value} for key, value in values.items()))
 
     def image(self, path: Path) -> None:
         """A PNG file of the folder."""
@@ -106,36 +117,33 @@ def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> None:
     if recipe.description:
         page.text(recipe.description)
     if results.get("test"):
-        _models(page, results)
+        page.section("Test split, read once at the end", _models(results))
+        if "baseline" not in results["test"]:
+            page.text("The student alone was not trained: set report.baseline = true, or run kd compare.")
     if "student" in results:
         _curves(page)
         pictures(page)
         _guards(page, results["student"].get("guards", {}))
         conventions(page, results.get("conventions", ()))
-    for name, value in results.get("probes", {}).items():
-        page.heading(f"Probe: {name}")
-        page.table(("what", "value"), value.items())
-    if "export" in results:
-        page.heading("Export")
-        page.table(("what", "value"), results["export"].items())
-    page.heading("Made with")
-    page.table(("what", "version"), [("seed", results.get("seed")), *results.get("versions", {}).items()])
+    for name, found in results.get("probes", {}).items():
+        page.facts(f"Probe: {name}", found)
+    page.facts("Export", results.get("export", {}))
+    page.facts("Made with", {"seed": results.get("seed"), **results.get("versions", {})})
     page.save()
 
 
-def _models(page: Page, results: Mapping[str, Any]) -> None:
-    page.heading("Test split, read once at the end")
+def _models(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The metrics of each model and what it cost: teachers first, the student last."""
     test: Mapping[str, Mapping[str, float]] = results["test"]
     metrics = list(dict.fromkeys(metric for values in test.values() for metric in values))
     fits = {**results, **results.get("teachers", {})}
-    rows = []
     for name in [*(n for n in test if n not in NAMES), *(n for n in NAMES if n in test)]:
-        judged = [test[name].get(metric, "") for metric in metrics]
-        costs = (results["parameters"].get(name, ""), fits.get(name, {}).get("seconds", ""))
-        rows.append((NAMES.get(name, f"teacher {name}"), *judged, *costs))
-    page.table(("model", *(m.replace("_", " ") for m in metrics), "parameters", "training seconds"), rows)
-    if "baseline" not in test:
-        page.text("The student alone was not trained: set report.baseline = true, or run kd compare.")
+        yield {
+            "model": NAMES.get(name, f"teacher {name}"),
+            **{metric: test[name].get(metric, "") for metric in metrics},
+            "parameters": results["parameters"].get(name, ""),
+            "training seconds": fits.get(name, {}).get("seconds", ""),
+        }
 
 
 def _curves(page: Page) -> None:
@@ -157,25 +165,21 @@ def pictures(page: Page) -> None:
 
 
 def _guards(page: Page, guards: Mapping[str, Any]) -> None:
-    if not guards.get("terms"):
-        return
-    page.heading("Guards: every loss term, when it first acted")
-    keys = ("term", "step", "weight", "value", "gradient_norm", "share")
-    head = [key.replace("gradient_norm", "gradient norm at the outputs") for key in keys]
-    page.table(head, ([row[key] for key in keys] for row in guards["terms"]))
-    for text in guards["warnings"]:
-        page.warning(text)
-    frozen = "in eval mode and unchanged from the first step to the last (version counters)"
-    page.text(f"Frozen teachers: {frozen}.")
+    page.section("Guards: every loss term, when it first acted", guards.get("terms", ()))
+    if guards.get("terms"):
+        for text in guards["warnings"]:
+            page.warning(text)
+        page.text("Gradient norms are those at the student's outputs.")
+        frozen = "in eval mode and unchanged from the first step to the last (version counters)"
+        page.text(f"Frozen teachers: {frozen}.")
 
 
 def conventions(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
     """What each loss does where frameworks differ; nothing where there is no loss."""
+    page.section("Loss conventions", rows)
     if rows:
-        page.heading("Loss conventions")
         tokens = "tokens: over all supervised positions of the global batch"
         page.text(f"Sum over classes, mean over samples ({tokens}).")
-        page.table([key.replace("_", " ") for key in rows[0]], [[*row.values()] for row in rows])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -162,9 +162,11 @@ def test_a_stages_own_weight_of_the_task_is_the_method_too(tiny: dict[str, Any])
 
 def test_what_was_measured_is_told_in_words() -> None:
     mine = {"student": "a", "ids": ["1", "2"], "batch": "b", "teachers": {"main": "t"}, "steps": 8}
-    assert measured_differences([mine, mine], [mine, mine]) == []
-    assert measured_differences([mine, {**mine, "batch": "c"}], [mine, mine]) == ["the first augmented batch"]
-    assert measured_differences([{**mine, "steps": 9, "student": "z"}], [mine]) == [
+    assert measured_differences([(mine, mine), (mine, mine)]) == []
+    assert measured_differences([(mine, mine), ({**mine, "batch": "c"}, mine)]) == [
+        "the first augmented batch"
+    ]
+    assert measured_differences([({**mine, "steps": 9, "student": "z"}, mine)]) == [
         "the student's initial weights",
         "the number of steps",
     ]
@@ -204,7 +206,7 @@ def test_an_augmentation_that_is_the_method_is_left_out_of_the_baselines(tiny: d
 
 
 def test_data_is_not_held_equal_where_it_is_the_method() -> None:
-    one, other = [{"student": "a", "ids": "x", "batch": "y"}], [{"student": "a", "ids": "z", "batch": "w"}]
-    assert len(measured_differences(one, other)) == 2
-    assert measured_differences(one, other, data=False) == []
-    assert measured_differences(one, [{"student": "b"}], data=False) == ["the student's initial weights"]
+    one, other = {"student": "a", "ids": "x", "batch": "y"}, {"student": "a", "ids": "z", "batch": "w"}
+    assert len(measured_differences([(one, other)])) == 2
+    assert measured_differences([(one, other)], data=False) == []
+    assert measured_differences([(one, {"student": "b"})], data=False) == ["the student's initial weights"]

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,6 +159,44 @@ def test_a_run_that_fails_costs_only_its_arm(tiny: dict[str, Any], tmp_path: Pat
     record = json.loads((tmp_path / "c/compare.json").read_text("utf-8"))
     assert [row["arm"] for row in record["table"]] == ["none", "kd", "tiny"]
     assert "failed, so not judged: seed 0: loss term 'loud-nan' is nan" in record["verdicts"]["loud.nan"]
+
+
+PROBED = """
+    import math
+    from kdcore import Probe
+
+    class Size(Probe):
+        def measure(self, run, models, data):
+            total = sum(float(p.detach().abs().sum()) for p in models["student"].parameters())
+            return {"total": total, "by": {"nothing": math.nan}, "name": "size"}
+"""
+
+
+def test_what_probes_measure_is_a_metric_of_every_arm(
+    tiny: dict[str, Any], tmp_path: Path, install: Callable[..., Entry], write_module: Callable[..., str]
+) -> None:
+    declared = 'from kdcore import Component, hookimpl\n@hookimpl\ndef kd_probes():\n    yield Component("size", "{}:Size")'
+    install("size", declared.format(write_module(PROBED)))
+    tiny["probe"] = [{"use": "size"}]
+    found = kdcore.compare(tiny, seeds=2, metric="probe.size.total", out=tmp_path / "c")
+    assert "judged by probe.size.total" in found.markdown
+    for arm in ("none", "kd", "tiny"):
+        runs = [
+            json.loads(p.read_text("utf-8"))
+            for p in sorted((tmp_path / "c/runs" / arm).glob("*/results.json"))
+        ]
+        assert values(found, arm) == [run["probes"]["size"]["total"] for run in runs]
+    beside = kdcore.compare(tiny, seeds=2, out=tmp_path / "c").markdown
+    mean, sd = (f(values(found, "kd")) for f in (statistics.fmean, statistics.stdev))
+    assert f"| {mean:.4g} ± {sd:.2g} |" in next(
+        r for r in beside.splitlines() if r.startswith("| probe.size.total")
+    )
+    with pytest.raises(
+        RunError, match=r"6 runs failed: none, seed 0: the run gave no finite probe\.size\.by\.nothing"
+    ):
+        kdcore.compare(tiny, seeds=2, metric="probe.size.by.nothing", out=tmp_path / "c")
+    with pytest.raises(InputError, match="no such metric"):
+        kdcore.compare(tiny, seeds=2, metric="probe.sise.total", out=tmp_path / "c")
 
 
 def test_input_errors_come_before_anything_runs(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from kdcore.comparison import tune as tuning
 from kdcore.comparison.arms import STOCK, Tree, arms_of
 from kdcore.comparison.matching import changes_data, measured_differences, recipe_differences
 from kdcore.comparison.pool import spread
-from kdcore.comparison.runs import Job, finished, run_arm, standard_stages, train_teachers
-from kdcore.comparison.stats import Difference, Pair, compare_all
+from kdcore.comparison.runs import Job, run_arm, standard_stages, train_teachers
+from kdcore.comparison.stats import Differences, compare_all
 from kdcore.comparison.verdicts import scale_of, verdict
 from kdcore.errors import InputError, Interrupted, RunError
 from kdcore.folder import beside, difference
@@ -82,8 +82,7 @@ def compare(
         if name not in (*STOCK, *trees):
             raise InputError("--reference", "no such arm", given=name, allowed=trees)
     folder = Path(out or f"runs/compare-{own}-{datetime.datetime.now():%Y%m%d-%H%M%S}").resolve()
-    numbers = range(recipe.seed, recipe.seed + seeds)
-    judged = _metric(recipe, metric)
+    numbers, judged = range(recipe.seed, recipe.seed + seeds), _metric(recipe, metric)
     work = Work(source, trees, own, folder, numbers, jobs, judged, teacher, names, Progress(quiet))
     work.check()
     rooms = tuning.spaces(trees, space) if tune else {}
@@ -99,16 +98,14 @@ def compare(
 
 
 def _metric(recipe: Recipe, wanted: str | None) -> str:
-    """What decides: a metric of the task, or what a probe of the recipe measures."""
+    """What decides: a metric of the task, its first if none is wanted, or what a probe of the recipe measures."""
     task = recipe.task
     metrics = DEFAULT_METRICS[task.use] if task.metrics is None else task.metrics
-    probes = [f"probe.{table.use}." for table in recipe.probe]
-    if wanted is not None and not (wanted in metrics or wanted.startswith(tuple(probes))):
-        raise InputError(
-            "--metric", "no such metric", given=wanted, allowed=[*metrics, *(f"{p}KEY" for p in probes)]
-        )
+    probes = [f"probe.{table.use}.KEY" for table in recipe.probe]
     if not (wanted or metrics):
         raise InputError("task.metrics", "a comparison needs a metric", hint="the first one decides")
+    if wanted and not (wanted in metrics or any(wanted.startswith(each[:-3]) for each in probes)):
+        raise InputError("--metric", "no such metric", given=wanted, allowed=[*metrics, *probes])
     return wanted or metrics[0]
 
 
@@ -131,12 +128,6 @@ class Work:
     outcomes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     failures: dict[str, list[str]] = field(default_factory=dict)
     searches: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> dict[str, list[dict[str, Any]]]:
-        """The outcomes in the order of the arms and seeds, whatever order they ended in."""
-        ended = {arm: self.outcomes[arm] for arm in self.trees if arm in self.outcomes}
-        return {arm: [found[seed] for seed in sorted(found)] for arm, found in ended.items()}
 
     def check(self) -> None:
         """Every arm's recipe, wholly, before the first is run."""
@@ -169,6 +160,7 @@ class Work:
 
     def run(self, tune: int, rooms: dict[str, tuning.Space]) -> None:
         """Teachers, then the searches, then every arm with every seed; what is finished is only read."""
+        self.outcomes = {arm: {} for arm in self.trees}
         teachers = {(arm, seed): self._teacher_job(arm, seed) for arm in self.trees for seed in self.seeds}
         preparations = list({job.folder: job for job in teachers.values() if job}.values())
         self.total = len(preparations) + tune * len(self.trees) + len(teachers)
@@ -177,9 +169,9 @@ class Work:
             if tune:
                 searches = [self._search_job(arm, teachers[arm, self.seeds[0]]) for arm in self.trees]
                 search = partial(tuning.search, spaces=rooms, trials=tune, metric=self.metric)
-                spread(search, searches, self.jobs, self._searched)
+                spread(search, searches, self.jobs, self._prepared)
             jobs = [self._job(arm, seed, teacher) for (arm, seed), teacher in teachers.items()]
-            done = [job for job in jobs if finished(job)]
+            done = [job for job in jobs if (job.folder / "results.json").exists()]
             spread(run_arm, done, 1, self._ran)
             spread(run_arm, [job for job in jobs if job not in done], self.jobs, self._ran)
 
@@ -202,28 +194,25 @@ class Work:
         return replace(job, tree=tuning.hide_test(job.tree), folder=self.folder / "search" / arm)
 
     def _prepared(self, job: Job, found: Any) -> None:
+        """Teachers (None), or what a search found: without them there is nothing to compare."""
         if isinstance(found, RunError):
             raise RunError(f"{job.title}: {found}")
-        self._tick(job.title)
-
-    def _searched(self, job: Job, found: Any) -> None:
-        if isinstance(found, RunError):
-            raise RunError(f"the search of {job.arm}: {found}")
-        self.searches[job.arm] = found
-        self.trees[job.arm] = tuning.changed(self.trees[job.arm], found["values"])
-        self._tick(f"search of {job.arm}", len(found["trials"]))
+        if found:
+            self.searches[job.arm] = found
+            self.trees[job.arm] = tuning.changed(self.trees[job.arm], found["values"])
+        self._tick(job.title, len(found["trials"]) if found else 1)
 
     def _ran(self, job: Job, found: Any) -> None:
-        failed = isinstance(found, RunError)
-        value = math.nan if failed else found["test"].get(self.metric, math.nan)
-        if math.isfinite(value):
-            self.outcomes.setdefault(job.arm, {})[job.tree["seed"]] = found
+        if not isinstance(found, RunError) and not math.isfinite(found["test"].get(self.metric, math.nan)):
+            found = RunError(f"the run gave no finite {self.metric}")
+        if isinstance(found, RunError):
+            self.failures.setdefault(job.arm, []).append(f"seed {job.tree['seed']}: {found}")
+            self._tick(f"{job.title}: {found}")
+        else:
+            value = found["test"][self.metric]
+            self.outcomes[job.arm][job.tree["seed"]] = found
             self.progress.note({job.title: value})
             self._tick(f"{job.title}: {self.metric} {value:.4g}")
-        else:
-            reason = str(found) if failed else f"the run gave no finite {self.metric}"
-            self.failures.setdefault(job.arm, []).append(f"seed {job.tree['seed']}: {reason}")
-            self._tick(f"{job.title}: {reason}")
 
     def _tick(self, text: str, amount: int = 1) -> None:
         self.count += amount
@@ -235,40 +224,27 @@ class Work:
         """Judge the arms all of whose runs ended, and write it down."""
         from kdcore.comparison.page import write
 
-        runs = {arm: found for arm, found in self.runs.items() if arm not in self.failures}
-        values = {arm: [run["test"][self.metric] for run in found] for arm, found in runs.items()}
+        whole = [arm for arm in self.trees if arm not in self.failures]
+        values = {a: [self.outcomes[a][seed]["test"][self.metric] for seed in self.seeds] for a in whole}
         references = [arm for arm in self.references if arm in values]
-        differences = compare_all(values, references)
-        scale = scale_of(self.metric, detect, values)
-        table = [self._row(arm, values[arm], found, differences) for arm, found in runs.items()]
+        differences, scale = compare_all(values, references), scale_of(self.metric, detect, values)
+        table = [self._row(arm, values[arm], differences) for arm in whole]
         unmatched = {row["arm"]: row["unmatched"] for row in table}
         verdicts = {arm: verdict(arm, differences, scale, unmatched[arm]) for arm, _ in differences}
         verdicts |= {arm: f"failed, so not judged: {'; '.join(why)}" for arm, why in self.failures.items()}
         markdown = write(self, table, verdicts, differences, scale)
-        record: dict[str, Any] = {
-            "metric": self.metric,
-            "seeds": list(self.seeds),
-            "table": table,
-            "verdicts": verdicts,
-        }
-        more = {"failures": self.failures, "searches": self.searches, "recipes": self.trees}
-        record |= {"references": references, **more, "runs": self.outcomes}
-        write_json(self.folder / "compare.json", record)
+        said = {"metric": self.metric, "seeds": [*self.seeds], "references": references, "verdicts": verdicts}
+        kept = {"searches": self.searches, "recipes": self.trees, "runs": self.outcomes}
+        write_json(self.folder / "compare.json", {**said, "table": table, "failures": self.failures, **kept})
         if self.failures:
-            (arm, (first, *_)), rest = next(iter(self.failures.items())), self.folder / "report.md"
-            problem = f"{sum(map(len, self.failures.values()))} runs failed: {arm}, {first}"
-            raise RunError(f"{problem}\n  hint    {rest} has the rest")
+            (arm, (first, *_)), where = next(iter(self.failures.items())), self.folder / "report.md"
+            count = sum(map(len, self.failures.values()))
+            raise RunError(f"{count} runs failed: {arm}, {first}\n  hint    {where} has the rest")
         return Comparison(self.folder, table, verdicts, markdown)
 
-    def _row(
-        self,
-        arm: str,
-        values: list[float],
-        runs: list[dict[str, Any]],
-        differences: Mapping[Pair, Difference],
-    ) -> dict[str, Any]:
+    def _row(self, arm: str, values: list[float], differences: Differences) -> dict[str, Any]:
         """What is said of an arm, as it is kept in compare.json."""
-        unmatched = self.unmatched(arm)
+        runs, unmatched = [*self.outcomes[arm].values()], self._unmatched(arm)
         return {
             "arm": arm,
             "mean": float(np.mean(values)),
@@ -282,13 +258,12 @@ class Work:
             "unmatched": unmatched,
         }
 
-    def unmatched(self, arm: str) -> list[str]:
+    def _unmatched(self, arm: str) -> list[str]:
         """In what an arm differs from the recipe's own, apart from the method and what was searched."""
         pair = (arm, self.own)
         searched = {k for n in pair for t in self.searches.get(n, {}).get("trials", []) for k in t["values"]}
         ours, theirs = (self.trees[name] for name in pair)
-        seeds = [seed for seed in self.seeds if seed in self.outcomes.get(self.own, {})]
-        mine, others = ([self.outcomes[name][seed]["fingerprint"] for seed in seeds] for name in pair)
+        mine, others = (self.outcomes[name] for name in pair)
+        prints = [(mine[seed]["fingerprint"], others[seed]["fingerprint"]) for seed in mine if seed in others]
         data = not (changes_data(ours) or changes_data(theirs))
-        rows = recipe_differences(ours, theirs, leave=searched)
-        return rows + measured_differences(mine, others, data=data)
+        return recipe_differences(ours, theirs, searched) + measured_differences(prints, data=data)

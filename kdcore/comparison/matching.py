@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from kdcore.comparison.arms import Tree, without_method
 from kdcore.recipe import parse
 from kdcore.source import leaves
 
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 APART = {"name", "description", "seed", "report", "export", "probe"}  # what decides no bit of the student
 MEASURED = {
     "student": "the student's initial weights",
@@ -38,13 +39,10 @@ def changes_data(tree: Tree) -> bool:
     return any(each.get("method") for table in tables for each in table.get("augmentation", ()))
 
 
-def measured_differences(
-    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], *, data: bool = True
-) -> list[str]:
-    """Where the fingerprints of two arms differ, seed by seed (``kdcore.guards``), in words.
+def measured_differences(prints: Iterable[Pair], *, data: bool = True) -> list[str]:
+    """Where the fingerprints of two arms (``kdcore.guards``), a pair a seed, differ, in words.
 
     ``data = False`` leaves out which samples came first and what they looked like: the method decides it.
     """
-    keys = [key for key in MEASURED if data or key not in ("ids", "batch")]
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs, keys = list(prints), [key for key in MEASURED if data or key not in ("ids", "batch")]
     return [MEASURED[key] for key in keys if any(mine.get(key) != other.get(key) for mine, other in pairs)]

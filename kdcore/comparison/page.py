@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcore.comparison.stats import Difference, Pair
+from kdcore.comparison.stats import Differences
 from kdcore.comparison.verdicts import Scale
 from kdcore.report import Page, conventions
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kdcore.comparison import Work
 
 Table = Sequence[Mapping[str, Any]]  # a row an arm, as in compare.json
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # what each finished run of an arm came to, by seed
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # what each finished run of an arm came to
 HOW = (
     "Every arm is trained with the same seeds, and each seed gives one difference between two arms. "
     "Intervals hold 95 % confidence for the mean of one difference (paired t). p is the paired t test's, "
@@ -32,43 +32,46 @@ MATCHED = (
     "samples in the same order, the same first augmented batch and the same teacher bits, and took as many "
     "steps."
 )
-SEARCH = "As many trials for every arm, on the validation split alone and with a seed of their own."
 
 
-def write(
-    work: Work, table: Table, verdicts: Mapping[str, str], found: Mapping[Pair, Difference], scale: Scale
-) -> str:
+def write(work: Work, table: Table, verdicts: Mapping[str, str], found: Differences, scale: Scale) -> str:
     """Write the page into the comparison's folder and return it as markdown. All values are on the test split."""
-    page, runs = Page(f"Comparison: {work.own}", work.folder), work.runs
+    page = Page(f"Comparison: {work.own}", work.folder)
+    runs = {arm: [*ended.values()] for arm, ended in work.outcomes.items() if ended}
+    first = next(iter(runs.values()))[0] if runs else {"teachers": {}, "versions": {}}
     seeds = f"{len(work.trees)} arms, {len(work.seeds)} seeds ({work.seeds[0]} to {work.seeds[-1]})"
     page.text(f"{seeds}, judged by {work.metric} on the test split, which each run reads once, at its end.")
     page.heading("Verdict")
     page.items(verdicts.items())
-    _results(page, table, found, scale)
     if table:
+        page.section("Results", (_shown(row, found, scale) for row in table))
+        page.text(HOW)
         page.figure("comparison.png", figure(work.metric, table, runs))
     page.heading("Matched arms")
     page.text(MATCHED)
-    for row in table:
-        if row["unmatched"]:
-            page.warning(f"{row['arm']} is not matched to {work.own}: {'; '.join(row['unmatched'])}.")
+    for row in (row for row in table if row["unmatched"]):
+        page.warning(f"{row['arm']} is not matched to {work.own}: {'; '.join(row['unmatched'])}.")
     if table and all(row["matched"] for row in table):
         page.text("All arms are.")
-    _teachers(page, work, runs)
+    page.section("Teachers", (_teacher(first, name) for name in first["teachers"]))
+    if first["teachers"]:
+        once = f"once, with seed {work.seeds[0]}, for all arms and seeds: the verdicts hold for it"
+        how = once if work.teacher == "shared" else "once a seed, for all arms"
+        page.text(f"One that the recipe trains is trained {how}.")
     _others(page, work.metric, runs)
-    if work.searches:
-        page.heading("Search")
-        page.text(SEARCH)
-        best = (
-            (arm, len(s["trials"]), s["val"], s["values"] or "as it was") for arm, s in work.searches.items()
-        )
-        page.table(("arm", "trials", f"best val {work.metric}", "values"), best)
+    best = f"best val {work.metric}"
+    page.section(
+        "Search: as many trials for every arm, on the validation split alone and with a seed of their own",
+        (
+            {"arm": arm, "trials": len(s["trials"]), best: s["val"], "values": s["values"] or "as it was"}
+            for arm, s in work.searches.items()
+        ),
+    )
     conventions(page, [{"arm": arm, **row} for arm, (run, *_) in runs.items() for row in run["conventions"]])
     warnings = (f"{arm}: {text}" for arm, each in runs.items() for run in each for text in run["warnings"])
     for text in dict.fromkeys(warnings):
         page.warning(text)
-    page.heading("Made with")
-    page.table(("what", "version"), next(iter(runs.values()))[0]["versions"].items() if runs else [])
+    page.facts("Made with", first["versions"])
     page.text(
         f"Seconds: the student's training, {work.jobs} at a time. Peak MB: the whole process, or the GPU."
     )
@@ -76,34 +79,23 @@ def write(
     return page.markdown
 
 
-def _results(page: Page, table: Table, found: Mapping[Pair, Difference], scale: Scale) -> None:
-    page.heading("Results")
-    references = list(dict.fromkeys(reference for _, reference in found))
-    against = [f"vs {reference} [95 %], p" for reference in references]
-    head = ["arm", f"{scale.metric}{scale.unit}", "sd", *against]
-    rows = []
-    for row in table:
-        told = [scale.difference(found.get((row["arm"], reference))) for reference in references]
-        costs = (f"{row['seconds']:.3g}", f"{row['peak_memory'] / 2**20:.0f}", row["parameters"])
-        mean, sd = scale.number(row["mean"]), scale.number(row["sd"])
-        rows.append((row["arm"], mean, sd, *told, *costs, row["matched"]))
-    page.table((*head, "seconds", "peak MB", "parameters", "matched"), rows)
-    page.text(HOW)
+def _shown(row: Mapping[str, Any], found: Differences, scale: Scale) -> dict[str, Any]:
+    """An arm's line of the results."""
+    references = dict.fromkeys(reference for _, reference in found)
+    return {
+        "arm": row["arm"],
+        f"{scale.metric}{scale.unit}": scale.number(row["mean"]),
+        "sd": scale.number(row["sd"]),
+        **{f"vs {each} [95 %], p": scale.difference(found.get((row["arm"], each))) for each in references},
+        "seconds": f"{row['seconds']:.3g}",
+        "peak MB": f"{row['peak_memory'] / 2**20:.0f}",
+        "parameters": row["parameters"],
+        "matched": row["matched"],
+    }
 
 
-def _teachers(page: Page, work: Work, runs: Runs) -> None:
-    first = next(iter(runs.values()))[0] if runs else {"teachers": {}}
-    names = list(dict.fromkeys(key for measured in first["teachers"].values() for key in measured))
-    if names:
-        page.heading("Teachers")
-        rows = (
-            (name, *(measured.get(key, "") for key in names), first["parameters"].get(name, ""))
-            for name, measured in first["teachers"].items()
-        )
-        page.table(("teacher", *(name.replace("_", " ") for name in names), "parameters"), rows)
-        once = f"once, with seed {work.seeds[0]}, for all arms and seeds: the verdicts hold for it"
-        how = once if work.teacher == "shared" else "once a seed, for all arms"
-        page.text(f"One that the recipe trains is trained {how}.")
+def _teacher(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {"teacher": name, **run["teachers"][name], "parameters": run["parameters"].get(name, "")}
 
 
 def _others(page: Page, metric: str, runs: Runs) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kdcore import __version__
 from kdcore.checkpoint import write_json
-from kdcore.comparison.stats import compare_all
+from kdcore.comparison.stats import Values, compare_all
 from kdcore.comparison.verdicts import scale_of
 from kdcore.errors import InputError
 
 HOW = "Mean ± standard deviation on test; paired t-tests over seeds, p after Holm over a table's differences."
-Values = Mapping[str, Sequence[float]]
 
 
 def record(folder: Path, metric: str, seeds: Sequence[int], values: Values, references: Sequence[str]) -> str:

@@ -6,13 +6,11 @@ import json
 import os
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 from kdcore import api
@@ -21,11 +19,10 @@ from kdcore.building import to_train
 from kdcore.checkpoint import replacing
 from kdcore.data import Source
 from kdcore.errors import RunError
-from kdcore.folder import tomlable
+from kdcore.folder import open_folder
 from kdcore.report import read_metrics
 from kdcore.running import stages
 from kdcore.signals import graceful
-from kdcore.source import LOCK
 from kdcore.stages import StageRun, train_teacher
 from kdcore.tables import DataTable
 from kdcore.types import Data
@@ -80,23 +77,11 @@ def standard_stages(tree: dict[str, Any]) -> list[str]:
 
 def run_arm(job: Job) -> dict[str, Any]:
     """The run of one arm and seed, or what a finished one left: see ``outcome``."""
-    if not finished(job):
-        job.arrive()
-        lock = job.folder / LOCK
-        if not lock.exists():  # as ``kd run`` opens a folder, so that teachers can lie in it
-            with replacing(lock) as draft:
-                draft.write_text(tomli_w.dumps(tomlable(job.tree)), "utf-8")
-        _place_teachers(job)
-        api.run(job.tree, out=job.folder, resume=True)
+    job.arrive()
+    open_folder(job.folder, recipes.Source(job.tree), resume=True, force=False)
+    _place_teachers(job)
+    api.run(job.tree, out=job.folder, resume=True)
     return outcome(job.folder)
-
-
-def finished(job: Job) -> bool:
-    """Whether the folder holds this very run, whole."""
-    lock = job.folder / LOCK
-    if not (lock.exists() and (job.folder / "results.json").exists()):
-        return False
-    return bool(tomllib.loads(lock.read_text("utf-8")) == tomlable(job.tree))
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ POWER = 0.8
 MOST_SEEDS = 10_000
 ROUNDING = 1e-6  # metrics come out of float32: a smaller spread, relative to the values, is none
 
-Pair = tuple[str, str]
+Values = Mapping[str, Sequence[float]]  # an arm's, seed by seed
+Pair = tuple[str, str]  # (arm, reference)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Difference:
     def told(self) -> dict[str, float | None]:
         """As JSON, which knows no nan."""
         return {key: None if math.isnan(value) else value for key, value in asdict(self).items()}
+
+
+Differences = Mapping[Pair, Difference]
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
@@ -72,7 +76,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(each) for each in adjusted]
 
 
-def compare_all(values: Mapping[str, Sequence[float]], references: Sequence[str]) -> dict[Pair, Difference]:
+def compare_all(values: Values, references: Sequence[str]) -> dict[Pair, Difference]:
     """(arm, reference) -> difference of every arm to every reference, each pair once; Holm over all."""
     pairs: list[Pair] = []
     for reference in references:
@@ -82,7 +86,7 @@ def compare_all(values: Mapping[str, Sequence[float]], references: Sequence[str]
     return {pair: replace(d, corrected=p) for pair, d, p in zip(pairs, found, corrected, strict=True)}
 
 
-def level_left(differences: Mapping[Pair, Difference]) -> float:
+def level_left(differences: Differences) -> float:
     """The level that a difference not shown yet would be held to: Holm's, with the shown ones taken out."""
     return LEVEL / max(sum(not d.shown for d in differences.values()), 1)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kdcore.comparison.stats import Difference, Pair, level_left, power, seeds_needed
+from kdcore.comparison.stats import Difference, Differences, Values, level_left, power, seeds_needed
 from kdcore.task import higher_is_better
 
 SHARES = ("accuracy", "jaccard", "f1", "auroc", "precision", "recall", "calibration", "dice", "specificity")
@@ -37,7 +37,7 @@ class Scale:
         return f"{self.number(d.mean, '+')}{self.interval(d)}, {p_value(d.corrected)}" if d else ""
 
 
-def scale_of(metric: str, detect: float | None, values: Mapping[str, Sequence[float]]) -> Scale:
+def scale_of(metric: str, detect: float | None, values: Values) -> Scale:
     """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of the largest first value."""
     if _share(metric):
         return Scale(metric, (0.5 if detect is None else detect) / 100)
@@ -45,7 +45,7 @@ def scale_of(metric: str, detect: float | None, values: Mapping[str, Sequence[fl
     return Scale(metric, level / 100 if detect is None else detect)
 
 
-def verdict(arm: str, differences: Mapping[Pair, Difference], scale: Scale, unmatched: Sequence[str]) -> str:
+def verdict(arm: str, differences: Differences, scale: Scale, unmatched: Sequence[str]) -> str:
     """One sentence on an arm: against kd first, then none; and whether it was a fair comparison at all."""
     level = level_left(differences)
     mine = [(theirs, d) for (ours, theirs), d in differences.items() if ours == arm]
