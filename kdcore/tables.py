@@ -74,7 +74,6 @@ class StudentTable(Use):
 
 class RouterTable(Use):
     teachers: list[str] | None = None
-    reads: dict[str, dict[str, str]] = {}
     optimizer: Use | None = None
 
 

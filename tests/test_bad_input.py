@@ -83,6 +83,10 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         lambda r: r["loss"][0].update(teacher="mian"),
         ["loss.0.teacher", "did you mean 'main'?"],
     ),
+    "router's reads": (
+        lambda r: r.update(router={"use": "mst-distill", "reads": {"student": {"x": "head"}}}),
+        ["router.reads", "unknown parameter"],
+    ),
     "optimiser": (
         lambda r: r["train"]["optimizer"].update(use="Adamw"),
         ["train.optimizer.use", "did you mean 'AdamW'?"],
