@@ -70,7 +70,8 @@ class FunctionLoss(Loss):
         return chunked(function, *sides, student.mask, per_token=rest, **self.params)
 
     def extra_repr(self) -> str:
-        name = getattr(self.function, "__name__", "function")  # its repr has an address: no two runs would be equal
+        # the function's own repr has an address: no two runs would be equal
+        name = getattr(self.function, "__name__", "function")
         return ", ".join([name, *(f"{key}={value}" for key, value in self.params.items())])
 
 
