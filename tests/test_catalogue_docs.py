@@ -14,10 +14,21 @@ ENTRIES = {e["slug"]: e for e in tomllib.loads((ROOT / "registry.toml").read_tex
 FOLDERS = {path.parent.name: path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml")}
 
 
-def test_the_catalogue_page_is_fresh() -> None:
+def test_generated_pages_are_fresh() -> None:
     command = [sys.executable, str(ROOT / "tools" / "make_docs.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_map_of_the_core_has_every_module_once() -> None:
+    text = (ROOT / "docs" / "core.md").read_text("utf-8")
+    core = ROOT / "kdcore"
+    apart = {path.parent for path in core.glob("*/__init__.py")} - {core / "cli"}  # one line a package
+    modules = [*core.glob("*.py"), *core.glob("cli/*.py"), *apart]
+    for path in modules:
+        where = path.relative_to(core).as_posix().removesuffix("/__init__.py")
+        if where not in ("__init__.py", "__main__.py"):
+            assert text.count(f"(../kdcore/{where})") == 1, where
 
 
 @pytest.mark.parametrize("slug", sorted({*ENTRIES, *FOLDERS}))
