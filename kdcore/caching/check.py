@@ -78,12 +78,10 @@ def same_samples(cache: Cache, source: Source, view: Mapping[str, str]) -> None:
             if bool(other.any()):
                 place = int(here[other][0])
                 then, now = int(cache.ids[first + place]), int(batch["id"][other][0])
-                what, change = (
-                    "another order, or other samples",
-                    f"position {place} of {name!r} holds sample {now}, not {then}",
-                )
-                if then == now:
-                    what, change = "other content", f"sample {now} has another {', '.join(inputs)}"
+                what, change = "other content", f"sample {now} has another {', '.join(inputs)}"
+                if then != now:
+                    what = "another order, or other samples"
+                    change = f"position {place} of {name!r} holds sample {now}, not {then}"
                 change += f"; {int(other.sum())} of {len(other)} samples compared differ"
                 _refuse(cache, "data.source", what, change)
 
@@ -96,10 +94,8 @@ def same_losses(cache: Cache, parts: Parts, name: str) -> None:
             problem = f"reads {missing[0]!r} of the teacher, which the cache does not keep"
             hint = "kd cache with this recipe"
             raise InputError(f"loss {slot.name}", problem, allowed=sorted(kept), hint=hint)
-    own = None if codec is None else temperature(parts, name)
-    if codec is not None and own not in (None, codec.temperature):
-        change = f"temperature: {codec.temperature:g} -> {own:g}"
-        _refuse(cache, "loss", "another temperature", change)
+    if codec is not None and (own := temperature(parts, name)) not in (None, codec.temperature):
+        _refuse(cache, "loss", "another temperature", f"temperature: {codec.temperature:g} -> {own:g}")
 
 
 def readings(parts: Parts, name: str) -> Iterator[tuple[Slot, set[str]]]:

@@ -8,7 +8,7 @@ languages. A row has a piece [length, ...] of each column; a shard holds the col
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -19,7 +19,7 @@ from kdcore.checkpoint import save_tensors
 from kdcore.errors import RunError, cause
 
 Columns = dict[str, Sequence[Tensor]]  # each row's piece of each column
-IDENTITY, LENGTHS = "kdcore.cache", "lengths:"
+INDEX, IDENTITY, LENGTHS = ("id", "key"), "kdcore.cache", "lengths:"
 
 
 def write(path: Path, columns: Columns, identity: str) -> None:
@@ -51,20 +51,23 @@ class Shard:
             raise damaged(path, f"it cannot be read ({cause(error)})") from None
         if (metadata or {}).get(IDENTITY) != identity:
             raise damaged(path, "it belongs to another cache")
+        self._values = [name for name in self.columns if name not in INDEX]
         self._checked = bytearray(len(self))
 
     def __len__(self) -> int:
         return len(self._crc)
 
     def row(self, place: int) -> dict[str, Tensor]:
-        """The row's piece of each column."""
-        edges = self._edges
-        found = {n: column[edges[n][place] : edges[n][place + 1]] for n, column in self.columns.items()}
+        """The row's piece of each column, but for what rows are found by."""
         if not self._checked[place]:
-            if _crc(found) != self._crc[place]:
+            if _crc(self._pieces(place, self.columns)) != self._crc[place]:
                 raise damaged(self.path, f"row {place} has other bytes than were written")
             self._checked[place] = True
-        return found
+        return self._pieces(place, self._values)
+
+    def _pieces(self, place: int, names: Iterable[str]) -> dict[str, Tensor]:
+        edges, columns = self._edges, self.columns
+        return {name: columns[name][edges[name][place] : edges[name][place + 1]] for name in names}
 
     def check_all(self) -> None:
         for place in range(len(self)):

@@ -143,22 +143,22 @@ def write(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """The folder, which holds a cache or nothing, for this process alone: the lock goes with the process."""
-    known = (SHARD.partition("{")[0], headers.FILE, HEAD, "training", ".")
+    known, place = (SHARD.partition("{")[0], headers.FILE, HEAD, "training", "."), str(folder)
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, lock := os.open(folder, os.O_RDONLY))
             other = [path.name for path in folder.iterdir() if not path.name.startswith(known)]
         except OSError as error:
-            raise InputError(str(folder), f"cannot be used: {error.strerror}") from None
+            raise InputError(place, f"cannot be used: {error.strerror}") from None
         if other:
-            raise InputError(
-                str(folder), "not empty, and no cache", given=other[:3], hint="name another --out"
-            )
+            raise InputError(place, "not empty, and no cache", given=other[:3], hint="name another --out")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             hint = "wait for it, or name another --out"
-            raise InputError(str(folder), "another kd cache is at work here", hint=hint) from None
+            raise InputError(place, "another kd cache is at work here", hint=hint) from None
+        except OSError:  # a file system without locks
+            pass
         stack.callback(discard, folder)  # where nothing was made
         yield
