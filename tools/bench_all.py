@@ -32,7 +32,7 @@ COMMANDS = {
     "import": ["tools/bench_import.py"],
     "step": ["tools/bench_step.py", "--peers"],
     "tokens": ["tools/bench_tokens.py", "--rounds", "3", "--threads", "2"],
-    "cache": ["tools/bench_cache.py"],
+    "cache": ["tools/bench_cache.py", "step", "--rounds", "7"],
 }
 TITLES = {
     "import": "Start-up",
