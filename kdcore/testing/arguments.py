@@ -82,17 +82,18 @@ def _within(s: Subject, view: Recipe) -> list[Call]:
 def _toy(s: Subject, form: toys.Form, given: Mapping[str, Any], of_logits: bool) -> list[Call]:
     """In a toy recipe, with random numbers for what its models say; of a loss that works on tokens, on them too."""
     params = _params(s, form, given)
-    if s.kind != "loss":
+    if s.kind == "loss":
+        home, params, args = _seen(s, _with_loss(s, form, params))
+        s.settle(home, params)
+    else:
         s.settle(toys.Home(recipe.parse(toys.tree(form)), s.folder), params)
-        return [_answered(s, _random(s.home.plain(s.kind)))]
-    home, params, args = _seen(s, _with_loss(s, form, params))
-    s.settle(home, params)
+        args = s.home.plain(s.kind)
     calls = [_answered(s, _random(args))]
-    with suppress(Exception):  # not made for tokens
-        if of_logits and form != "tokens":
-            call = _answered(s, _random(_seen(s, _with_loss(s, "tokens", _params(s, "tokens", given)))[2]))
-            by_token = (toys.B, toys.L) in {tuple(term.shape) for term in s.answer(call).values()}
-            calls += [call] if by_token or s.declares_tokens else []
+    if s.kind == "loss" and of_logits and form != "tokens":
+        with suppress(Exception):  # not made for tokens
+            *_, args = _seen(s, _with_loss(s, "tokens", _params(s, "tokens", given)))
+            terms = s.answer(call := Call(_random(args))).values()
+            calls += [call] if s.declares_tokens or any(t.shape == (toys.B, toys.L) for t in terms) else []
     return calls
 
 
@@ -112,7 +113,7 @@ def _seen(s: Subject, view: Recipe) -> tuple[toys.Home, dict[str, Any], dict[str
 
 def _with_loss(s: Subject, form: toys.Form, params: Mapping[str, Any]) -> Recipe:
     loss = Builder(0).make("loss", s.name, params, s.name)
-    return recipe.parse(toys.with_loss(form, {"use": s.name, **params}, loss.wants(), loss.joint))
+    return recipe.parse(toys.with_loss(form, {"use": s.name, **params}, loss))
 
 
 def _answered(s: Subject, args: dict[str, Any]) -> Call:
@@ -121,7 +122,7 @@ def _answered(s: Subject, args: dict[str, Any]) -> Call:
     return call
 
 
-def _random(args: Any) -> dict[str, Any]:
+def _random(args: dict[str, Any]) -> dict[str, Any]:
     """Random numbers for what models say: untrained ones say nearly the same of every sample."""
     generator = torch.Generator().manual_seed(0)
 
@@ -129,8 +130,7 @@ def _random(args: Any) -> dict[str, Any]:
         kept = path.startswith("batch") or not tensor.is_floating_point()
         return tensor if kept else 2 * torch.randn(tensor.shape, generator=generator)
 
-    found: dict[str, Any] = mapped(args, change)
-    return found
+    return mapped(args, change)
 
 
 def _params(s: Subject, form: toys.Form, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kdcore.checkpoint import load_state, save_state
 from kdcore.errors import cause
 from kdcore.events import events_of
 from kdcore.hookspecs import EVENT_PREFIXES, EVENTS
-from kdcore.testing.arguments import find
+from kdcore.testing.arguments import NAMES, find
 from kdcore.testing.findings import BASICS, DECLARED, Skipped, check, fail_if, random_state, reseed, skip_if
 from kdcore.testing.subjects import Call, Subject
 from kdcore.testing.tensors import copied, differing, leaves, same
@@ -89,8 +89,7 @@ def _statistics_aside(module: Any) -> dict[str, Tensor]:
     """A module's state without the running statistics of batch norm, which torch itself moves in training."""
     norms = [name for name, each in module.named_modules() if isinstance(each, _NormBase)]
     state = {k: v for k, v in module.state_dict().items() if k.rpartition(".")[0] not in norms}
-    found: dict[str, Tensor] = copied({k: v for k, v in state.items() if isinstance(v, Tensor)})
-    return found
+    return copied({k: v for k, v in state.items() if isinstance(v, Tensor)})
 
 
 @check("loss", "router", "augmentation")
@@ -110,7 +109,7 @@ def inputs_untouched(s: Subject, call: Call) -> None:
     given, before = leaves(args), leaves(call.args)
     s.fresh().eval()(*args.values())
     moved = [path for path, tensor in given.items() if not same(tensor, before[path], rel=0)]
-    if s.kind in ("loss", "router"):  # an augmentation may replace a batch's values
+    if s.kind in NAMES:  # an augmentation may replace a batch's values
         moved += differing(args, call.args, rel=0)
     fail_if(moved, f"forward changed its input {', '.join([*dict.fromkeys(moved)][:3])}")
 
@@ -120,12 +119,13 @@ def batch_order(s: Subject, call: Call) -> None:
     """The order of a batch is random and means nothing. Do: give every sample its own term, whatever its place."""
     order = torch.arange(rows_of(s, call)).roll(1).flip(0)
     first, second = s.answer(call), s.answer(call.rows(order))
+    coupled = s.kind == "loss" and s.declared.couples_batch
     for name, value in first.items():
-        if s.kind == "loss" and s.declared.couples_batch:
-            expected, got = value.sum(), second[name].sum()
-        else:
-            expected, got = value[order] if per_sample(call, value) else value, second[name]
-        fail_if(not same(expected, got), f"{name}: samples in another order give other values".lstrip(": "))
+        expected, got = value[order] if call.has_rows(value) else value, second[name]
+        fail_if(
+            not (same(value.sum(), got.sum()) if coupled else same(expected, got)),
+            f"{name}: samples in another order give other values".lstrip(": "),
+        )
 
 
 @check("loss", "student", "teacher", after=(*BASICS, "batch_order"))
@@ -137,7 +137,7 @@ def sample_independence(s: Subject, call: Call) -> None:
 
     def other_rows(path: str, tensor: Tensor) -> Tensor:
         """Other floating values in the rows from ``half`` on."""
-        if not call.has_rows(path, tensor) or not tensor.is_floating_point():
+        if not call.has_rows(tensor, path) or not tensor.is_floating_point():
             return tensor
         kept, old = tensor[:half], tensor[half:]
         return torch.cat([kept, 1.5 * old.roll(1, 0) + 0.7 * torch.linspace(-1, 1, old.numel()).view_as(old)])
@@ -145,7 +145,7 @@ def sample_independence(s: Subject, call: Call) -> None:
     other = call.but(other_rows)
     first, second = s.answer(call), s.answer(other)
     for name, value in first.items():
-        moved = per_sample(call, value) and not same(value[:half], second[name][:half])
+        moved = call.has_rows(value) and not same(value[:half], second[name][:half])
         fail_if(moved, f"{name}: other samples of the batch change a sample's value".lstrip(": "))
     if s.kind == "loss" and any(not v.dim() for v in first.values()):
         one, two = s.gradients(call), s.gradients(other)
@@ -172,28 +172,20 @@ def state_round_trip(s: Subject) -> None:
 
 def _step(s: Subject, component: Any, call: Call) -> None:
     """The two events in which a loss or router may change its state."""
-    if s.kind not in ("loss", "router") or call.size == 0:
-        return
-    args = copied(call.args)
-    teachers = args.get("teachers", args.get("teacher"))
-    said = teachers if isinstance(teachers, Mapping) else {"main": teachers}
-    found = events_of([(s.component.name, component)])
-    found.before_step(batch=args["batch"], clean=args["batch"])
-    found.after_step(batch=args["batch"], student=args["student"], teachers=said)
+    if s.kind in NAMES and call.size:
+        args, found = copied(call.args), events_of([(s.component.name, component)])
+        batch, teachers = args["batch"], args.get("teachers", args.get("teacher"))
+        said = teachers if isinstance(teachers, Mapping) else {"main": teachers}
+        found.before_step(batch=batch, clean=batch)
+        found.after_step(batch=batch, student=args["student"], teachers=said)
 
 
 def rows_of(s: Subject, call: Call) -> int:
     """The batch size of a call whose rows can be compared one by one."""
     skip_if(call.size < 2, "its batch has several streams, or one sample")
-    first, run = s.answer(call), s.home.run
-    run.seed += 1
-    try:
-        drawn = differing(first, s.answer(call), rel=0)
-    finally:
-        run.seed -= 1
+    first = s.answer(call)
+    s.home.run.seed += 1
+    drawn = differing(first, s.answer(call), rel=0)
+    s.home.run.seed -= 1
     skip_if(drawn, "it draws at random: its samples are alike in distribution alone")
     return call.size
-
-
-def per_sample(call: Call, value: Tensor) -> bool:
-    return bool(value.dim()) and len(value) == call.size

@@ -63,10 +63,9 @@ class Finding:
         return self.verdict == "failed"
 
     def __str__(self) -> str:
-        text = f"{self.verdict:<8}{self.component:<24} {self.check}"
-        text += f": {self.why}" if self.why else ""
-        text += f". Do: {self.what_to_do}" if self.failed and self.what_to_do else ""
-        return text.replace("\n", " ")
+        text = ": ".join(filter(None, (f"{self.verdict:<8}{self.component:<24} {self.check}", self.why)))
+        todo = f". Do: {self.what_to_do}" if self.failed and self.what_to_do else ""
+        return f"{text}{todo}".replace("\n", " ")
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,8 @@ def examine(kind: str, subject: Any, title: str, without: Collection[str] = ()) 
     found, broken = [], {}  # type: list[Finding], dict[str, str]
     for each in [c for c in checks_of(kind) if c.name not in without]:
         culprit = next((broken[name] for name in each.after if name in broken), None)
-        if culprit:
-            found.append(Finding(each.name, title, "skipped", f"{culprit} failed: mend that first"))
-        else:
-            found.append(each(subject, title))
+        blocked = Finding(each.name, title, "skipped", f"{culprit} failed: mend that first")
+        found.append(blocked if culprit else each(subject, title))
         if culprit or found[-1].failed:
             broken[each.name] = culprit or each.name
     return found

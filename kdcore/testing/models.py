@@ -49,7 +49,8 @@ def has_inputs(s: Subject, call: Call) -> None:
 def deploy(s: Subject, call: Call) -> None:
     """What is shipped must answer as what was judged: forward, then infer. Do: build deploy() from the same modules
     and rule, or leave it to kdcore's."""
-    student, batch, module = _shipped(s, call)
+    student, batch, rule, module = _shipped(s, call)
+    fail_if(differing(rule, _inferred(student, batch)), "deploy() changed the student")
     for part in (batch, batch.rows(torch.arange(1))):
         wanted = _inferred(student, part)
         with torch.no_grad():
@@ -58,15 +59,14 @@ def deploy(s: Subject, call: Call) -> None:
         fail_if(set(names) != set(wanted), f"deploy() gives {names}, graph() {list(wanted)}")
         wrong = ", ".join(differing(got, wanted))
         fail_if(wrong, f"deploy() and forward-then-infer differ in {wrong}, batch of {len(part)}")
-    fail_if(differing(wanted, _inferred(_stirred(s), part)), "deploy() changed the student")
 
 
 @check("student", after=(*INFERENCE, "deploy"))
 def training_only(s: Subject, call: Call) -> None:
     """Parameters that only training needs are shipped for nothing. Do: leave them out in deploy()."""
-    student, batch, module = _shipped(s, call)
+    student, batch, _, module = _shipped(s, call)
     said = module(*student.inputs(batch).values())
-    total = sum((t.float().square().sum() for t in said.values() if t.requires_grad), torch.zeros(()))
+    total = sum((t.float().square().sum() for t in said.values()), torch.zeros(()))
     skip_if(not total.requires_grad, "its output is not differentiable")
     total.backward()
     unused = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
@@ -79,13 +79,11 @@ def exports(s: Subject, call: Call) -> None:
     Python decisions on values."""
     onnx = any(component.name == "onnx" for _, _, component in registry().components("exporter"))
     skip_if(not onnx, "kd-exporter-onnx is not installed")
-    student, batch, module = _shipped(s, call)
-    inputs = {name: value.detach() for name, value in student.inputs(batch).items()}
-    rule = {name: value.numpy() for name, value in _inferred(student, batch).items()}
-    samples = {name: value.numpy() for name, value in inputs.items()}
+    student, batch, rule, module = _shipped(s, call)
+    shapes, axes = student.shapes(inputs := student.inputs(batch))
+    samples, said = ({name: value.numpy() for name, value in each.items()} for each in (inputs, rule))
     host, raw = student.host(batch) or (None, None)
-    shapes, axes = student.shapes(inputs)
-    request = ExportRequest("student", module, shapes, axes, samples, rule, host=host, raw_samples=raw)
+    request = ExportRequest("student", module, shapes, axes, samples, said, host=host, raw_samples=raw)
     exporter = Builder(0).make("exporter", "onnx", {"benchmark": "none"}, "export")
     with tempfile.TemporaryDirectory() as folder:
         exporter.export_request(request, Path(folder) / "artefact")
@@ -96,9 +94,8 @@ def trains(s: Subject, call: Call) -> None:
     """A student without gradient learns nothing. Do: look for detach, no_grad or frozen parameters."""
     student, batch = s.fresh().train(), call.args["batch"]
     said = student(batch.copy())
-    own = leaves(student.task_loss(said, batch)).values()
-    terms = [t.float().square().mean() for t in leaves(said).values() if t.requires_grad]
-    total = sum([*terms, *(t.float().mean() for t in own)], torch.zeros(()))
+    own = [t.float().mean() for t in leaves(student.task_loss(said, batch)).values()]
+    total = sum([*own, *(t.float().square().mean() for t in leaves(said).values())], torch.zeros(()))
     fail_if(not total.requires_grad, "its outputs carry no gradient")
     total.backward()
     grads = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
@@ -106,23 +103,17 @@ def trains(s: Subject, call: Call) -> None:
     fail_if(not learns, "no parameter takes a finite gradient other than 0")
 
 
-def _shipped(s: Subject, call: Call) -> tuple[Any, Batch, nn.Module]:
-    """A student in eval mode, a batch, and what it ships."""
-    student, batch = _stirred(s), copied(call.args["batch"])
-    module = student.deploy()
-    if isinstance(module, dict):
-        raise Skipped(f"ships {len(module)} modules: {', '.join(module)}")
-    return student, batch, module.eval()
-
-
-def _stirred(s: Subject) -> Any:
-    """A student in eval mode whose weights have moved since it was made, as after training."""
-    student, generator = s.fresh().eval(), torch.Generator().manual_seed(0)
+def _shipped(s: Subject, call: Call) -> tuple[Any, Batch, dict[str, Tensor], nn.Module]:
+    """A student in eval mode whose weights have moved, as after training; a batch; its inference; what it ships."""
+    student, batch, generator = s.fresh().eval(), copied(call.args["batch"]), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * noise.to(parameter.dtype))
-    return student
+    rule, module = _inferred(student, batch), student.deploy()
+    if isinstance(module, dict):
+        raise Skipped(f"ships {len(module)} modules: {', '.join(module)}")
+    return student, batch, rule, module.eval()
 
 
 @torch.no_grad()

@@ -42,9 +42,8 @@ def opened(where: str | os.PathLike[str]) -> Iterator[Plugin]:
             raise InputError(name, "no such plugin, and no folder with a pyproject.toml", hint=hint)
         offered = [(kind, c) for kind, e, c in registry.components() if e == entry]
         fault = next((f for f in registry.quarantine if f.entry == entry), None)
-        yield Plugin(
-            entry, folder.resolve() if in_folder else None, offered, fault, recipe.recipes_of(entry.name)
-        )
+        place = folder.resolve() if in_folder else None
+        yield Plugin(entry, place, offered, fault, recipe.recipes_of(entry.name))
 
 
 @contextmanager
@@ -62,11 +61,10 @@ def _installed(folder: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch:
         info = Path(scratch) / f"{name.replace('-', '_')}-0.dist-info"
         info.mkdir()
-        needs = [f"Requires-Dist: {each}" for each in project.get("dependencies", [])]
-        rows = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 0", *needs, ""]
-        (info / "METADATA").write_text("\n".join(rows), "utf-8")
-        rows = [f"[{GROUP}]", *(f"{key} = {value}" for key, value in points.items())]
-        (info / "entry_points.txt").write_text("\n".join(rows), "utf-8")
+        needs = "".join(f"Requires-Dist: {each}\n" for each in project.get("dependencies", []))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n{needs}", "utf-8")
+        rows = "".join(f"{key} = {value}\n" for key, value in points.items())
+        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{rows}", "utf-8")
         before = list(sys.path)
         sys.path[:0] = [scratch, str(folder.resolve()), str(folder.resolve() / "src")]
         _forget(modules)

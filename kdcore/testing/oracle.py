@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from kdcore.types import Batch, Outputs, Unembed
 _SOURCE = re.compile(r"(\S+/\S+@[0-9a-f]{7,40}|closed form|brute force|library)\b.*", re.DOTALL)
 Tensors = Mapping[str, Tensor]
 Path = Callable[[Tensors], Any]
+SIDES = ("student_", "teacher_")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,10 @@ class Oracle:
 
 def oracles_of(module: str) -> list[Oracle]:
     """The oracles of a plugin, by its entry-point module; none where it lists none."""
-    where = f"{module.partition('.')[0]}.oracle"
-    try:
-        found = importlib.util.find_spec(where)
-    except ModuleNotFoundError:  # a plugin of one file is no package
-        found = None
-    return list(importlib.import_module(where).ORACLES) if found else []
+    root = importlib.import_module(module.partition(".")[0])
+    where = f"{root.__name__}.oracle"
+    there = hasattr(root, "__path__") and importlib.util.find_spec(where)  # a plugin of one file has none
+    return list(importlib.import_module(where).ORACLES) if there else []
 
 
 def check_oracle(oracle: Oracle) -> list[str]:
@@ -81,16 +81,14 @@ def check_oracle(oracle: Oracle) -> list[str]:
     if not _SOURCE.fullmatch(oracle.source):
         allowed = "repository@commit, closed form, brute force, library"
         raise AssertionError(f"{oracle}: source {oracle.source!r} is none of: {allowed}")
-    trial, done = _Trial(oracle), []
-    for path, applies, ask, dtype, tolerance in trial.paths():
-        if not applies:
-            continue
+    trial = _Trial(oracle)
+    paths = trial.paths()
+    for path, (ask, dtype, tolerance) in paths.items():
         try:
             trial.compare(ask, dtype, tolerance)
         except AssertionError as error:
             raise AssertionError(f"{oracle}, {path}: {error} (source: {oracle.source})") from None
-        done.append(path)
-    return done
+    return list(paths)
 
 
 class _Trial:
@@ -107,12 +105,11 @@ class _Trial:
             names = schema_of(function, oracle.name, is_loss=True).tensors
             self.loss = FunctionLoss(function, names, self.params)
 
-    def paths(self) -> list[tuple[str, bool, Path, torch.dtype, float]]:
-        """(name, whether this loss has it, how to ask, in what precision, tolerance)."""
+    def paths(self) -> dict[str, tuple[Path, torch.dtype, float]]:
         exact, single, low = self.oracle.tolerance
         plain, several = isinstance(self.loss, FunctionLoss), self.size > 1 and not self.loss.couples_batch
         double, float_ = torch.float64, torch.float32
-        return [
+        rows: list[tuple[str, bool, Path, torch.dtype, float]] = [
             ("component, float64", True, self._component, double, exact),
             ("component, float32", True, self._component, float_, single),
             ("bf16 autocast", True, self._autocast, float_, low),
@@ -122,6 +119,7 @@ class _Trial:
             ("masked positions replaced", "mask" in self.tensors, self._masked, double, exact),
             ("chunked", self._row_by_row(), self._chunked, double, exact),
         ]
+        return {name: (ask, dtype, tolerance) for name, applies, ask, dtype, tolerance in rows if applies}
 
     def _direct(self, tensors: Tensors) -> Any:
         assert isinstance(self.loss, FunctionLoss)
@@ -130,18 +128,14 @@ class _Trial:
     def _component(self, tensors: Tensors) -> Any:
         """As the core calls it: with outputs of two models, and a batch."""
         self.loss.to(next(t for t in tensors.values() if t.is_floating_point()).dtype)
-        return self.loss(*self._sides(tensors), self._batch(tensors))
+        return self.loss(*map(partial(self._outputs, tensors), SIDES), self._batch(tensors))
 
-    def _sides(self, tensors: Tensors) -> list[Outputs]:
-        both: list[dict[str, Any]] = [
-            {n.removeprefix(side): t for n, t in tensors.items() if n.startswith(side)}
-            for side in ("student_", "teacher_")
-        ]
-        aligned = tensors.get("mask"), tensors.get("target")
-        return [Outputs(named.pop("logits", None), *aligned, tensors=named) for named in both]
+    def _outputs(self, tensors: Tensors, side: str) -> Outputs:
+        named: dict[str, Any] = {n.removeprefix(side): t for n, t in tensors.items() if n.startswith(side)}
+        return Outputs(named.pop("logits", None), tensors.get("mask"), tensors.get("target"), tensors=named)
 
     def _batch(self, tensors: Tensors) -> Batch:
-        values = {n: t for n, t in tensors.items() if not n.startswith(("student_", "teacher_"))}
+        values = {n: t for n, t in tensors.items() if not n.startswith(SIDES)}
         return Batch({"id": torch.arange(len(next(iter(tensors.values())))), **values})
 
     def _autocast(self, tensors: Tensors) -> Any:
@@ -168,10 +162,10 @@ class _Trial:
 
     def _chunked(self, tensors: Tensors) -> Any:
         """As the core calls it without logits: their hidden states are the logits, the output layer is 1."""
-        sides = self._sides(tensors)
-        eye = torch.eye(sides[0]["logits"].shape[-1], dtype=sides[0]["logits"].dtype)
-        said = [replace(each, logits=None, unembed=Unembed(each["logits"], eye)) for each in sides]
-        return self.loss(*said, self._batch(tensors))
+        sides, eye = [], torch.eye(tensors["student_logits"].shape[-1]).to(tensors["student_logits"])
+        for said in map(partial(self._outputs, tensors), SIDES):
+            sides.append(replace(said, logits=None, unembed=Unembed(said["logits"], eye)))
+        return self.loss(*sides, self._batch(tensors))
 
     def compare(self, ask: Path, dtype: torch.dtype, tolerance: float) -> None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()}
@@ -191,9 +185,7 @@ class _Trial:
     def _mean(self, answer: Tensor) -> Tensor:
         """Over samples, or over unmasked positions."""
         mask = self.tensors.get("mask")
-        if mask is None or answer.dim() < 2:
-            return answer.mean()
-        return answer.masked_fill(~mask.bool(), 0.0).sum() / mask.sum()
+        return (answer if mask is None or answer.dim() < 2 else answer[mask.bool()]).mean()
 
 
 def _near(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:

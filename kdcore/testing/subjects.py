@@ -43,8 +43,7 @@ class Call:
     @property
     def logits(self) -> Tensor | None:
         """The student's: [B,C], [B,L,V] or [B,C,H,W]."""
-        found: Tensor | None = getattr(self.args.get("student"), "logits", None)
-        return found
+        return getattr(self.args.get("student"), "logits", None)
 
     def aligned(self, name: str) -> Tensor | None:
         """``mask`` [B,L] or ``target``: the student's, or else the batch's."""
@@ -55,7 +54,7 @@ class Call:
     def class_axis(self) -> int:
         return 1 if self.logits is not None and self.logits.dim() == 4 else -1
 
-    def has_rows(self, path: str, tensor: Tensor) -> bool:
+    def has_rows(self, tensor: Tensor, path: str = "") -> bool:
         return bool(tensor.dim()) and len(tensor) == self.size and not path.endswith(("/weight", "/bias"))
 
     def but(self, change: Change) -> Call:
@@ -63,7 +62,7 @@ class Call:
 
     def rows(self, index: Tensor) -> Call:
         """The samples at ``index``, in its order."""
-        found = self.but(lambda path, t: t[index] if self.has_rows(path, t) else t)
+        found = self.but(lambda path, t: t[index] if self.has_rows(t, path) else t)
         lists = {k: v for k, v in found.args["batch"].items() if isinstance(v, list)}
         found.args["batch"].update({k: [v[i] for i in index.tolist()] for k, v in lists.items()})
         return found

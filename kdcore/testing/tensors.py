@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kdcore.types import Batch, Outputs
 
+T = TypeVar("T")
 Change = Callable[[str, Tensor], Tensor]
 NATIVE = tuple(f.name for f in fields(Outputs) if f.name not in ("tensors", "rows"))
 """The names of a model's outputs that need no tap."""
 
 
-def mapped(value: Any, change: Change, path: str = "") -> Any:
+def mapped(value: T, change: Change) -> T:
     """``value`` with every tensor replaced; paths are like ``student/logits`` or ``batch/target``."""
+    return cast(T, _mapped(value, change, ""))
+
+
+def _mapped(value: Any, change: Change, path: str) -> Any:
 
     def inside(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-        return {k: mapped(v, change, f"{path}/{k}") for k, v in items}
+        return {k: _mapped(v, change, f"{path}/{k}") for k, v in items}
 
     if isinstance(value, Tensor):
         return change(path.strip("/"), value)
@@ -45,7 +50,7 @@ def leaves(value: Any) -> dict[str, Tensor]:
     return found
 
 
-def copied(value: Any) -> Any:
+def copied(value: T) -> T:
     return mapped(value, lambda _, tensor: tensor.detach().clone())
 
 

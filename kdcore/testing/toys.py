@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdcore import recipe
 from kdcore.building import assemble
 from kdcore.datasets import TensorSet
+from kdcore.kinds import Loss
 from kdcore.parts import Slot
 from kdcore.recipe import is_artefact
 from kdcore.stages import StageRun
@@ -79,13 +80,13 @@ def tree(form: Form) -> dict[str, Any]:
     }
 
 
-def with_loss(form: Form, table: Mapping[str, Any], wants: tuple[str, ...], joint: bool) -> dict[str, Any]:
+def with_loss(form: Form, table: Mapping[str, Any], loss: Loss) -> dict[str, Any]:
     """The toy recipe with a loss that reads a layer under each name, beside the stock one instead of a task."""
     reads: dict[str, dict[str, str]] = {"student": {}, "teacher": {}}
-    for side, _, name in (each.partition(".") for each in wants):
+    for side, _, name in (each.partition(".") for each in loss.wants()):
         if name not in NATIVE:
             reads[side][name] = _FORMS[form][3]
-    found, teachers = tree(form), {} if joint else {"teacher": "main"}
+    found, teachers = tree(form), {} if loss.joint else {"teacher": "main"}
     losses = [{**table, "reads": reads, **teachers}, {"use": "kd", "teacher": "main"}]
     return {**found, "task": {**found["task"], "weight": 0}, "loss": losses}
 
@@ -155,13 +156,11 @@ class Home:
         """The arguments that the core calls a component with in one step; LookupError if it never does."""
         found: list[tuple[Any, ...]] = []
         handle = component.register_forward_pre_hook(lambda _, args: found.append(copied(args)))
-        try:
-            batch = self.batch()
-            for augmentation in self.parts.augmentations.values():
-                batch = augmentation(batch)
-            self.distiller.terms(batch)
-        finally:
-            handle.remove()
+        batch = self.batch()
+        for augmentation in self.parts.augmentations.values():
+            batch = augmentation(batch)
+        self.distiller.terms(batch)
+        handle.remove()
         if not found:
             raise LookupError(f"no step of it calls {type(component).__name__}")
         return found[0]
