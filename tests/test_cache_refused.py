@@ -197,7 +197,7 @@ def test_augmentations(
     install("noise", PLUGIN.replace("MODULE", write_module(NOISE)))
     plain = kdcore.cache(recipe, out=tmp_path / "plain")
     recipe["augmentation"] = [{"use": "noise"}]
-    refused(cached(recipe, plain), tmp_path, "augmentation noise", "was made without it")
+    refused(cached(recipe, plain), tmp_path, "another augmentation", "tables.0.use: None -> 'noise'")
     noisy = kdcore.cache(recipe, out=tmp_path / "noisy")
     kdcore.run(cached(recipe, noisy), out=tmp_path / "fine")
     tree = cached(recipe, noisy)

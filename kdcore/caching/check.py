@@ -54,12 +54,7 @@ def same_teacher(
 def same_run(cache: Cache, recipe: Recipe, source: Source, parts: Parts, name: str) -> None:
     """View, precision, vocabulary, data and augmentation."""
     made = cache.header["augmentation"]
-    changing = [n for n, each in parts.augmentations.items() if changes_inputs(each)]
-    if made is None and changing:
-        problem = f"changes inputs, and the cache {cache.folder} was made without it"
-        raise InputError(f"augmentation {changing[0]}", problem, hint="kd cache again with this recipe")
-    streams, steps = (made["streams"], made["steps"]) if made else ([], 0)
-    now = headers.of_run(recipe, source, name, streams, steps)
+    now = headers.of_run(recipe, source, name, replayed(parts, source), made and made["steps"])
     for key, (place, what) in OF_RUN.items():
         _compare(cache, place.format(name), what, {key: cache.header[key]}, {key: now[key]})
     if made is not None and made["tables"] and parallel.world() > 1:
@@ -119,6 +114,12 @@ def temperature(parts: Parts, name: str) -> float | None:
         problem = "losses of several temperatures: a top k is taken at one"
         raise InputError("loss", problem, given=sorted(found), hint=hint)
     return found.pop() if found else None
+
+
+def replayed(parts: Parts, source: Source) -> list[str]:
+    """The streams whose samples change from step to step."""
+    changing = any(map(changes_inputs, parts.augmentations.values()))
+    return [name for name, data in source.streams.items() if changing or hasattr(data, "augment")]
 
 
 def changes_inputs(augmentation: Augmentation) -> bool:

@@ -26,7 +26,7 @@ SAMPLED = 64  # MiB of a large file that enter its digest, evenly spaced
 
 
 def of_run(
-    recipe: Recipe, source: Source, teacher: str, replayed: Collection[str], steps: int
+    recipe: Recipe, source: Source, teacher: str, replayed: Collection[str], steps: int | None
 ) -> dict[str, Any]:
     """What a run asks its teacher about and how. ``replayed`` are the streams whose samples change in its ``steps``."""
     table, data = source.table, source.data

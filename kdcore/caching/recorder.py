@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdcore import building
-from kdcore.caching.check import changes_inputs
+from kdcore.caching.check import changes_inputs, replayed
 from kdcore.caching.keys import Watched
 from kdcore.data import Key, Keyed, batch_of
 from kdcore.errors import InputError
@@ -57,20 +57,18 @@ class Recorder:
         self.needs = self.parts.needs.get(name, set())
         if not self.needs:
             raise InputError(place, "no loss and no router of the recipe reads it")
-        self.sizes, changing = run.source.batch_sizes, self._changes_inputs()
-        self.replayed = [n for n, data in run.source.streams.items() if changing or hasattr(data, "augment")]
+        self.sizes, self.replayed = run.source.batch_sizes, replayed(self.parts, run.source)
+        self._refuse_learning()
 
-    def _changes_inputs(self) -> bool:
-        """Whether augmentations make other inputs. InputError where one of them learns how from the training."""
-        changing = {name: each for name, each in self.parts.augmentations.items() if changes_inputs(each)}
-        for name, each in changing.items():
+    def _refuse_learning(self) -> None:
+        """Augmentations whose inputs depend on the training."""
+        for name, each in self.parts.augmentations.items():
             events = [
                 event for event in ("before_step", "after_step", "on_epoch") if hasattr(type(each), event)
             ]
-            if each.own_optimizer is not None or events:
+            if changes_inputs(each) and (each.own_optimizer is not None or events):
                 problem = "what it makes of a sample depends on the training: no cache can hold it"
                 raise InputError(f"augmentation {name}", problem)
-        return bool(changing)
 
     @torch.no_grad()
     def ask(self, part: Batch) -> Said:

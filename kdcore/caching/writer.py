@@ -6,7 +6,6 @@ that is there is whole; killed and run again, the same shards come out, and thos
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -143,6 +142,8 @@ def write(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """The folder, which holds a cache or nothing, for this process alone: the lock goes with the process."""
+    import fcntl  # POSIX alone has it, and a cache is read without
+
     known, place = (SHARD.partition("{")[0], headers.FILE, HEAD, "training", "."), str(folder)
     with ExitStack() as stack:
         try:
