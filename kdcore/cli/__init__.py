@@ -17,7 +17,11 @@ from kdcore.cli.common import Commands
 from kdcore.errors import KDError
 
 
-@click.group(cls=Commands, epilog="--debug, with any command, shows where an error was raised.")
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug, with any command, shows where an error was raised.",
+)
 @click.version_option(package_name="kdcore", prog_name="kd")
 def kd() -> None:
     """Knowledge distillation from recipes."""

@@ -14,18 +14,14 @@ from kdcore.types import KINDS
 
 
 class Commands(click.Group):
-    """Commands in the order of their writing, and the nearest one for a misspelt name."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, context_settings={"help_option_names": ["-h", "--help"]}, **options)
+    """Commands in the order of their writing, and the nearest one for a misspelt name (as click >= 8.4 has it)."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            hint = nearest(args[0], self.commands) or f"commands: {', '.join(self.commands)}"
-            raise click.UsageError(f"no such command: {args[0]!r}. {hint}")
+        if args[0] not in self.commands:
+            raise click.UsageError(f"no such command: {args[0]!r}. {nearest(args[0], self.commands) or ''}")
         return super().resolve_command(ctx, args)
 
 

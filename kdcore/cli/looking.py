@@ -60,27 +60,25 @@ def show(name: str, kind: str | None) -> None:
     """A component's parameters, what it reads, its paper and its recipes."""
     from kdcore.source import recipes_of
 
-    registry = plugins.registry()
+    registry, rows = plugins.registry(), [*plugins.registry().components()]
     slug = name.rpartition(":")[2].partition(".")[0]
-    rows = [*registry.components()]
     found = [each for each in rows if kind in (None, each[0]) and name in _names(each[1], each[2])]
-    faults = [fault for fault in registry.quarantine if fault.entry.name == slug]
-    installed = any(entry.name == slug for entry in registry.entries)
-    if not found and not (name == slug if installed and not faults else catalog.method(slug)):
-        registry.refuse(slug, repr(name), "name")
-        if kind:
-            registry.find(kind, name, "name")  # says what the matter is
+    parts = [(k, c.name, c.summary, e.distribution) for k, e, c in rows if c.name.startswith(f"{slug}.")]
+    faults = [f"in quarantine ({f.phase}): {f.error}\n" for f in registry.quarantine if f.entry.name == slug]
+    installed, method = any(entry.name == slug for entry in registry.entries), catalog.method(slug)
+    if not found and not (name == slug if installed and not faults else method):
+        if kind or faults or any(entry.name == slug for entry in registry.blocked):
+            registry.find(kind or "loss", name, "name")  # says what the matter is
         hint = nearest(name, [component.name for _, _, component in rows] + list(catalog.methods()))
         raise InputError("name", "no such component or method", given=name, hint=hint or "kd list --all")
-    if not found and not installed:
-        click.echo(f"{slug} is not installed: {catalog.how_to_get(catalog.methods()[slug])}\n")
+    if method and not (found or installed):
+        click.echo(f"{slug} is not installed: {catalog.how_to_get(method)}\n")
     for each in found:
         _show_component(*each)
     for fault in faults:
-        click.echo(f"in quarantine ({fault.phase}): {fault.error}\n")
-    parts = [(k, c.name, c.summary, e.distribution) for k, e, c in rows if c.name.startswith(f"{slug}.")]
+        click.echo(fault)
     show_rows((), [row for row in parts if row[1] != name])
-    if method := catalog.method(slug):
+    if method:
         _show_paper(method)
     if (found or parts) and (recipes := [f"{slug}:{path.stem}" for path in recipes_of(slug)]):
         click.echo(f"recipes: {', '.join(recipes)}")
