@@ -28,7 +28,7 @@ from kdcore.preparing import prepare
 from kdcore.progress import Progress
 from kdcore.recipe import merge, parse, teacher_train
 from kdcore.tables import Ramp, Recipe, TrainTable
-from kdcore.task import Task, judge
+from kdcore.task import Task, View, judge
 from kdcore.types import CONVENTIONS
 
 
@@ -68,10 +68,9 @@ class StageRun:
         table = self.recipe.teacher[name]
         if not table.data:
             return self
-        if table.train is None:
-            problem = "this teacher is not trained here"
-            raise InputError(f"teacher.{name}.data", problem, hint="add its train table")
         try:
+            if table.train is None:
+                raise InputError("data", "this teacher is not trained here", hint="add its train table")
             found = replace(self, recipe=self.over({"data": table.data}))
             found.source.sample()
         except InputError as error:
@@ -140,13 +139,11 @@ class StageRun:
         text = repr((name, self.name, self.seed_offset, tree))  # the run folder may have moved
         return hashlib.sha256((text.replace(here, "") if here else text).encode()).hexdigest()
 
-    def child(
-        self, stage: Stage, name: str, over: Mapping[str, Any] | None = None, offset: int = 0
-    ) -> dict[str, Any]:
+    def child(self, stage: Stage, name: str, over: Mapping[str, Any] = {}, offset: int = 0) -> dict[str, Any]:
         """Run another stage inside this one, with its own folder and step counter."""
         inner = replace(
             self,
-            recipe=self.over(over or {}),
+            recipe=self.over(over),
             name=f"{self.name}/{name}",
             folder=self.folder / name,
             seed_offset=self.seed_offset + offset,
@@ -154,9 +151,7 @@ class StageRun:
         parallel.make_folder(inner.folder)
         return stage.run(inner)
 
-    def evaluate(
-        self, model: Any, task: Task, split: str, view: Mapping[str, str] | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, model: Any, task: Task, split: str, view: View = None) -> dict[str, float]:
         """The task's metrics of a model, behind its view, on a split."""
         return judge(model, self.source.loader(split), task, self.device, view).compute()
 
@@ -212,7 +207,7 @@ def train_teacher(run: StageRun, name: str) -> tuple[Teacher, dict[str, Any]]:
 
 
 def _judged(
-    run: StageRun, models: Mapping[str, Any], task: Task, views: Mapping[str, Mapping[str, str]]
+    run: StageRun, models: Mapping[str, Any], task: Task, views: Mapping[str, View]
 ) -> dict[str, dict[str, float]]:
     """Test metrics of every model behind its view, with the student's agreement with each teacher."""
     if task.table.use == "none":
