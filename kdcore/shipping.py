@@ -91,49 +91,40 @@ def measure_probes(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def export(
-    what: str | Path | nn.Module,
+    what: str | Path,
     *,
     out: str | Path | None = None,
     target: str | None = None,
     params: Mapping[str, Any] | None = None,
-    request: ExportRequest | None = None,
 ) -> dict[str, Any]:
     """Export a run's student with an installed exporter; ``params`` lie over the recipe's ``[export]``.
 
-    A plain module needs a ``request`` instead of a run folder. Returns rows for a report, ``artefact`` among
-    them; raises and leaves nothing at ``out`` where a gate refuses.
+    Returns rows for a report, ``artefact`` among them; raises and leaves nothing at ``out`` where a gate refuses.
     """
-    given: dict[str, Any] = {}
-    if not isinstance(what, nn.Module):
-        table = load_run(Path(what))[0].export
-        given = {"use": table.use, **table.params} if table else {}
-        out = out or Path(what) / "artefact"
-    elif request is None or out is None:
-        raise InputError("export", "a module needs request= (what to prove it right with) and out=")
-    given |= params or {}
-    use = given.pop("use", "onnx")
+    folder = Path(what)
+    table = load_run(folder)[0].export
+    given = {**(table.model_dump() if table else {"use": "onnx"}), **(params or {})}
+    use = given.pop("use")
     exporter = Builder(0).make("exporter", target or use, given, "export")
-    destination = Path(out)
+    destination = Path(out) if out else folder / "artefact"
     if destination.exists():
         problem, hint = "something is there already", "name another --out"
         raise InputError("export.out", problem, given=str(destination), hint=hint)
-    request = request if isinstance(what, nn.Module) else request_of(Path(what))
-    return {"artefact": str(destination), **exporter.export_request(request, destination.absolute())}
+    rows: dict[str, Any] = exporter.export_request(request_of(folder), destination.absolute())
+    return {"artefact": str(destination), **rows}
 
 
-def bench(
-    artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int, target: str = "onnx"
-) -> str:
-    """The exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
-    exporter = Builder(0).make("exporter", target, {}, "bench")
-    student = teacher = None
+def bench(artefact: Path, run_folder: Path | None, batches: Sequence[int], threads: int) -> str:
+    """The ONNX exporter's benchmark of an artefact; with a run folder, beside its student and teacher in torch."""
+    exporter = Builder(0).make("exporter", "onnx", {}, "bench")
+    student, teachers = None, []
     if run_folder is not None:
         trained, run = load_student(run_folder)
-        student = trained.cpu().deploy().eval()
-        teacher = next(iter(load_teachers(run).values()), None)
-        if teacher is not None and hasattr(trained, "input_names"):
-            teacher = Deployed(teacher.cpu(), tuple(trained.input_names))  # type: ignore[arg-type]
-    return str(exporter.bench(artefact, student, teacher, batches=batches, threads=threads))
+        student, names = trained.cpu().deploy().eval(), tuple(getattr(trained, "input_names", ()))
+        teachers = [Deployed(teacher.cpu(), names) for teacher in load_teachers(run).values()]
+    return str(
+        exporter.bench(artefact, student, next(iter(teachers), None), batches=batches, threads=threads)
+    )
 
 
 @torch.no_grad()

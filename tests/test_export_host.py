@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kdcore
+from kdcore.cli import main
 from kdcore.errors import KDError
 from kdcore.shipping import load_student, request_of
 
@@ -90,6 +91,36 @@ def test_host_code_that_decodes_otherwise_than_the_student_is_refused(hosted: An
     with pytest.raises(KDError, match="as served"):
         kdcore.export(tmp_path / "run", params={"benchmark": "none"})
     assert not (tmp_path / "run" / "artefact").exists()
+
+
+def test_the_recipes_own_exporter_is_taken(
+    install: Callable[..., Any], write_module: Callable[..., str], tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    module = write_module("""
+        from kdcore import Exporter
+
+        class Names(Exporter):
+            def __init__(self, *, ending: str = ".txt"):
+                self.ending = ending
+
+            def export_request(self, request, out):
+                out.with_suffix(self.ending).write_text(",".join(request.samples))
+                return {"inputs": len(request.samples)}
+    """)
+    install(
+        "names",
+        f"""
+        from kdcore import Component, hookimpl
+        @hookimpl
+        def kd_exporters():
+            yield Component("names", "{module}:Names")
+    """,
+    )
+    tiny["export"] = {"use": "names", "ending": ".csv"}
+    assert kdcore.run(tiny, out=tmp_path / "run").results["export"]["inputs"] == 1
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again"), "--set", "ending=.md"])
+    assert [(tmp_path / name).read_text() for name in ("run/artefact.csv", "again.md")] == ["input", "input"]
 
 
 def test_objects_are_not_pickled_into_a_case(tmp_path: Path) -> None:

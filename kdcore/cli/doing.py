@@ -91,12 +91,12 @@ def cache(recipe: str, **options: Any) -> None:
 @click.command()
 @click.argument("what", metavar="RUN")
 @click.option("--out", type=PATH)
-@click.option("--target", default="onnx", show_default=True, help="Exporter component.")
+@click.option("--target", help="Exporter component (the recipe's, or onnx).")
 @click.option("--set", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the exporter.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]))
 @click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]))
 @click.option("--opset", type=int)
-def export(what: str, out: Path | None, target: str, params: tuple[str, ...], **known: Any) -> None:
+def export(what: str, out: Path | None, target: str | None, params: tuple[str, ...], **known: Any) -> None:
     """Export the student of a RUN folder as a verified artefact."""
     tree: dict[str, Any] = {}
     for each in (*params, *(f"{key}={value}" for key, value in known.items() if value is not None)):
