@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,19 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     run(tmp_path / "cut", "train.checkpoint_every=1", resume=True)
     ours, theirs = (load_tensors(tmp_path / n / "student.safetensors", "test") for n in ("cut", "whole"))
     assert same(ours, theirs)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    run(tmp_path / "one")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [*launch, "--rdzv-endpoint", "localhost:0", "-m", "kdcore", "run", "tgeo-kd:digits", *SHORT]
+    done = subprocess.run(
+        [sys.executable, *command, "--quiet", "--out", str(tmp_path / "two")], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    ours, theirs = (load_tensors(tmp_path / n / "student.safetensors", "test") for n in ("two", "one"))
+    assert all(torch.allclose(value, theirs[name], atol=1e-5) for name, value in ours.items())
 
 
 def test_only_the_student_is_shipped(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class TGeoKD(Router):
 
     def _held_out(self, size: int) -> Batch:
         """Fresh rows of ``tune`` at every step, the same in all processes."""
-        tune = self.run.source.data.tune
+        tune, size = self.run.source.data.tune, round(parallel.total(size, self.run.device))
         rows = torch.randperm(len(tune), generator=self.run.rng("tgeo-kd"))[: self.held_out or size]
         return batch_of(tune, [Key("tune", 0, row) for row in rows.tolist()]).to(self.run.device)
 
