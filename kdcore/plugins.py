@@ -1,8 +1,9 @@
 """Discovery: which plugins are installed, what they offer, and which of them are broken.
 
 One broken plugin never stops the others: it is put in quarantine with the phase and the error, and is
-fatal only to a recipe that names it. ``KD_PLUGINS`` (allow) and ``KD_DISABLE_PLUGINS`` (block) are comma
-separated lists of entry-point names, applied before anything is imported.
+fatal only to a recipe that names it; so is one that takes a name of the core's own components. ``KD_PLUGINS``
+(allow) and ``KD_DISABLE_PLUGINS`` (block) are comma separated lists of entry-point names, applied before
+anything is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib.metadata
 import os
 import re
 import sys
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -54,12 +57,13 @@ class Fault:
 
 @dataclass
 class Registry:
-    """What is installed. ``offers[kind][name]`` lists every (entry, component) of that name."""
+    """What is installed. ``offers[kind][name]`` lists every (entry, component) of that name; ``seconds``: to import."""
 
     entries: list[Entry] = field(default_factory=list)
     quarantine: list[Fault] = field(default_factory=list)
     blocked: list[Entry] = field(default_factory=list)
     offers: dict[str, dict[str, list[tuple[Entry, Component]]]] = field(default_factory=dict)
+    seconds: dict[Entry, float] = field(default_factory=dict)
 
     def components(self, kind: str | None = None) -> Iterator[tuple[str, Entry, Component]]:
         """(kind, entry, component), sorted by name."""
@@ -67,6 +71,13 @@ class Registry:
             for _, found in sorted(self.offers.get(each, {}).items()):
                 for entry, component in found:
                     yield each, entry, component
+
+    def clashes(self) -> Iterator[tuple[Entry, str]]:
+        """Each plugin that shares the name of a component with others, and what a recipe must write instead."""
+        for kind, entry, component in self.components():
+            if (count := len(self.offers[kind][component.name])) > 1:
+                name, full = component.name, f"{entry.distribution}:{component.name}"
+                yield entry, f"{kind} {name!r} is offered by {count} plugins: write {full} for this one's"
 
     def find(self, kind: str, name: str, place: str = "use") -> tuple[Entry, Component]:
         """The component ``name`` (or ``distribution:name``) of a kind, or an error that says what to do."""
@@ -116,6 +127,10 @@ def discover(entries: Iterable[Entry]) -> Registry:
                 _load(entry, found)
             else:
                 found.blocked.append(entry)
+    known = [entry.name for entry in (*found.entries, *found.blocked)]
+    for name in {*_names(allow or ""), *_names(block or "")} - {"", *known}:
+        words = "KD_PLUGINS or KD_DISABLE_PLUGINS names a plugin that is not installed"
+        print(f"{words}: {name!r}. {nearest(name, known) or ''}".rstrip(), file=sys.stderr)
     return found
 
 
@@ -139,24 +154,29 @@ def _entry(point: importlib.metadata.EntryPoint) -> Entry:
 
 def _load(entry: Entry, registry: Registry) -> None:
     """Index what an entry declares, or put it in quarantine."""
-    phase = "version"
+    phase, begin = "version", time.perf_counter()
     try:
         _check_version(entry)
-        with redirect_stdout(sys.stderr):  # --json must stay JSON
+        begin = time.perf_counter()
+        with _undone():
             phase = "import"
             module = importlib.import_module(entry.target)
             phase = "hooks"
             hooks = _hooked(module)
             phase = "declare"
-            for kind, component in _declared(entry, hooks):
+            for kind, component in _declared(entry, hooks, registry):
                 registry.offers[kind].setdefault(component.name, []).append((entry, component))
     except KeyboardInterrupt:
+        way = f"KD_DISABLE_PLUGINS={entry.name} leaves it out"
+        print(f"stopped while the plugin {entry.name!r} was imported: {way}", file=sys.stderr)
         raise
     except BaseException as error:  # SystemExit too: a plugin that exits must not end the program
         name, why = error.name or "" if isinstance(error, ModuleNotFoundError) else "", cause(error)
         if None in (sys.modules.get(name, name), sys.modules.get(name.partition(".")[0], name)):
             why = f"imports {name}: import it inside the component's own module"
         registry.quarantine.append(Fault(entry, phase, why))
+    finally:
+        registry.seconds[entry] = time.perf_counter() - begin
 
 
 def _check_version(entry: Entry) -> None:
@@ -171,6 +191,20 @@ def _check_version(entry: Entry) -> None:
             applies = needed.marker is None or needed.marker.evaluate({"extra": ""})
             if applies and not needed.specifier.contains(__version__, prereleases=True):
                 raise RuntimeError(f"needs kdcore{needed.specifier}, this is {__version__}")
+
+
+@contextmanager
+def _undone() -> Iterator[None]:
+    """What a plugin prints goes to stderr (--json must stay JSON); the folder and the filters of warnings stay."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # a folder that was deleted under us
+        here = os.curdir
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            os.chdir(here)
 
 
 @contextmanager
@@ -208,13 +242,14 @@ def _hooked(module: ModuleType) -> pluggy.HookRelay:
     return manager.hook
 
 
-def _declared(entry: Entry, hooks: pluggy.HookRelay) -> list[tuple[str, Component]]:
-    rows = [
-        (kind, component)
-        for hook, kind in HOOKS.items()
-        for answer in getattr(hooks, hook)()
-        for component in islice(answer, MOST + 1)
-    ]
+def _declared(entry: Entry, hooks: pluggy.HookRelay, registry: Registry) -> list[tuple[str, Component]]:
+    rows: list[tuple[str, Component]] = []
+    core = {(kind, c.name) for kind, owner, c in registry.components() if owner.distribution == GROUP}
+    for hook, kind in HOOKS.items():
+        for answer in getattr(hooks, hook)():
+            if not isinstance(answer, Iterable):
+                raise TypeError(f"{hook}() gives {answer!r}, not components in a list or by yield")
+            rows += [(kind, component) for component in islice(answer, MOST + 1)]
     if len(rows) > MOST:
         raise ValueError(f"declares more than {MOST} components")
     for kind, component in rows:
@@ -223,6 +258,8 @@ def _declared(entry: Entry, hooks: pluggy.HookRelay) -> list[tuple[str, Componen
         if entry.distribution != GROUP and component.name.split(".")[0] != entry.name:
             wanted = f"{entry.name!r} or '{entry.name}.part'"
             raise ValueError(f"component {component.name!r} must be named {wanted}")
+        if (kind, component.name) in core:
+            raise ValueError(f"{kind} {component.name!r} is the core's own: the plugin needs another name")
     counts = Counter((kind, component.name) for kind, component in rows)
     if twice := [name for (_, name), count in counts.items() if count > 1]:
         raise ValueError(f"declared twice: {', '.join(twice)}")

@@ -38,8 +38,10 @@ def write(slug: str, kind: str, into: Path) -> Path:
         raise InputError("slug", "not a slug", given=slug, allowed=allowed)
     if kind not in TARGETS:
         raise InputError("--kind", "no such kind", given=kind, allowed=sorted(TARGETS))
-    if any(entry.name == slug for entry in plugins.registry().entries):
-        raise InputError("slug", "a plugin of this name is installed", given=slug, hint="choose another")
+    registry = plugins.registry()
+    if slug in {*(e.name for e in registry.entries), *(c.name for _, _, c in registry.components())}:
+        problem = "a plugin or a component of this name is installed"
+        raise InputError("slug", problem, given=slug, hint="choose another")
     folder, names = into / slug, _names(slug, kind)
     if folder.exists():
         raise InputError(str(folder), "exists already", hint="another --into, or another slug")

@@ -143,6 +143,17 @@ def test_json_is_json_and_a_quarantined_plugin_is_shown(
     assert "quarantine" in capsys.readouterr().err
 
 
+def test_plugins_says_of_a_name_that_two_offer_how_to_write_it(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from kdcore import Component, hookimpl\n@hookimpl\ndef kd_losses():\n    yield Component('dup', 'a:b')"
+    for distribution in ("kd-plugin-dup", "other-dup"):
+        install("dup", code, distribution=distribution)
+    assert kd("plugins") == 0
+    said = capsys.readouterr().out
+    assert "loss 'dup' is offered by 2 plugins: write other-dup:dup for this one's" in said
+
+
 def test_a_catalogued_plugin_in_quarantine_is_not_called_absent(
     install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

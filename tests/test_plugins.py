@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ BROKEN = {
         HEAD + "@hookimpl\ndef kd_losses():\n    return [42]",
         "42, given as a loss, is not",
     ),
-    "notiterable": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    return 42", "int"),
+    "notiterable": (
+        "declare",
+        HEAD + "@hookimpl\ndef kd_losses():\n    return 42",
+        "kd_losses() gives 42, not",
+    ),
     "hookraises": ("declare", HEAD + "@hookimpl\ndef kd_losses():\n    1 / 0", "ZeroDivisionError"),
     "stranger": (
         "declare",
@@ -260,6 +265,9 @@ def test_one_name_from_two_distributions(install: Callable[..., Any]) -> None:
         registry.find("loss", "same")
     assert "kd-plugin-same:same, other-same:same" in str(caught.value)
     assert registry.find("loss", "other-same:same")[0].distribution == "other-same"
+    told = {entry.distribution: words for entry, words in registry.clashes()}
+    assert told.keys() == {"kd-plugin-same", "other-same"}
+    assert "'same' is offered by 2 plugins: write other-same:same" in told["other-same"]
 
 
 def test_allow_and_block_lists_act_before_any_import(
@@ -309,3 +317,55 @@ def test_listing_imports_no_torch_and_no_pydantic() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Plackett-Luce" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("slug", "kind", "hook"),
+    [("distill", "stage", "kd_stages"), ("kd", "loss", "kd_losses"), ("module", "student", "kd_students")],
+)
+def test_a_name_of_the_cores_own_stays_the_cores(
+    slug: str, kind: str, hook: str, install: Callable[..., Any], tiny: dict[str, Any]
+) -> None:
+    install(slug, GOOD.replace("{slug}", slug).replace("kd_losses", hook))
+    (fault,) = plugins.registry().quarantine
+    assert (fault.entry.name, fault.phase) == (slug, "declare")
+    assert f"{slug!r} is the core's own: the plugin needs another name" in fault.error
+    kdcore.check(tiny)  # names kd, module and, by default, distill
+    assert plugins.registry().find(kind, slug)[0].distribution == "kdcore"
+
+
+def test_what_an_import_changes_is_put_back(install: Callable[..., Any]) -> None:
+    here, filters = Path.cwd(), list(warnings.filters)
+    install("mover", "import os, warnings\nos.chdir('/')\nwarnings.simplefilter('ignore')")
+    assert not plugins.registry().quarantine
+    assert (Path.cwd(), list(warnings.filters)) == (here, filters)
+
+
+def test_a_folder_that_was_deleted_stops_no_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., Any]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    install("good", GOOD.replace("{slug}", "good"))
+    assert plugins.registry().find("loss", "good")
+
+
+def test_ctrl_c_says_which_plugin_was_being_imported(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("endless", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        plugins.registry()
+    said = capsys.readouterr().err
+    assert "'endless' was imported: KD_DISABLE_PLUGINS=endless leaves it out" in said
+
+
+@pytest.mark.parametrize("variable", ["KD_PLUGINS", "KD_DISABLE_PLUGINS"])
+def test_a_name_in_a_list_that_is_no_plugins_is_said(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "pld, clasics,")
+    plugins.discover(plugins._entry_points())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not installed: 'clasics'. did you mean 'classics'?" in line

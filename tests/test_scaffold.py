@@ -92,7 +92,8 @@ def test_its_templates_are_in_the_wheel_and_in_the_sdist(
     [
         ("Bad_Slug", "loss", "not a slug"),
         ("fine", "lose", "did you mean 'loss'"),
-        ("pld", "loss", "a plugin of this name is installed"),
+        ("pld", "loss", "a plugin or a component of this name is installed"),
+        ("kd", "loss", "a plugin or a component of this name is installed"),
     ],
 )
 def test_wrong_requests(slug: str, kind: str, message: str, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ FAULTS: list[tuple[str, list[Edit]]] = [
         [(PACKAGE + "__init__.py", "from kdcore", "import kd_plugin_planted.loss as _\nfrom kdcore")],
     ),
     ("light_import", [(PACKAGE + "__init__.py", "    yield", "    import sklearn\n    yield")]),
-    ("light_import", [(PACKAGE + "__init__.py", "from kdcore", "import not_there\nfrom kdcore")]),
+    ("loads", [(PACKAGE + "__init__.py", "from kdcore", "import not_there\nfrom kdcore")]),
+    ("loads", [(PACKAGE + "__init__.py", "from kdcore", "int('x')\nfrom kdcore")]),
     ("loads", [(PACKAGE + "__init__.py", "kd_losses", "kd_lossess")]),
     ("loads", [(PACKAGE + "__init__.py", "@hookimpl\n", "")]),
     ("loads", [(PACKAGE + "__init__.py", 'Component("planted"', 'Component("other"')]),
@@ -208,6 +209,15 @@ def test_expected_failures_are_strict_and_need_reasons(tmp_path: Path) -> None:
     assert "teacher_gradient" in str(error.value)
     with pytest.raises(InputError, match="reason"):
         check_plugin(faulty, expected_failures={"teacher_gradient": " "})
+
+
+def test_a_slug_of_two_distributions_needs_one_of_them(install: Callable[..., Any]) -> None:
+    install("planted", INIT, distribution="kd-plugin-planted")
+    install("planted", INIT, distribution="other")
+    with pytest.raises(InputError, match="2 distributions bring it") as caught:
+        check_plugin("planted")
+    assert "kd-plugin-planted, other" in str(caught.value)
+    assert "distribution 'other', not" in failed(check_plugin("other"))["naming"]
 
 
 @pytest.mark.parametrize(("edit", "caught"), [((".detach()", ""), {}), (("", ""), {"teacher_gradient"})])

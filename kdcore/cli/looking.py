@@ -128,10 +128,10 @@ def _show_paper(method: dict[str, Any]) -> None:
 @click.command("plugins")
 @JSON
 def plugins_(as_json: bool) -> None:
-    """Installed plugins, their state, and what is in quarantine."""
+    """Installed plugins and their state: ready, blocked, in quarantine, or with a name that others have, too."""
     registry = plugins.registry()
     states = {fault.entry: f"quarantine ({fault.phase}): {fault.error}" for fault in registry.quarantine}
-    states |= dict.fromkeys(registry.blocked, "blocked")
+    states |= dict.fromkeys(registry.blocked, "blocked") | dict(registry.clashes())
     entries = (*registry.entries, *registry.blocked)
     rows = [(e.name, e.distribution, e.version, states.get(e, "ready")) for e in entries]
     show_rows(("name", "distribution", "version", "state"), rows, as_json)

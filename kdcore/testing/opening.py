@@ -36,10 +36,13 @@ def opened(where: str | os.PathLike[str]) -> Iterator[Plugin]:
     in_folder = (folder / "pyproject.toml").is_file()
     with _installed(folder) if in_folder else nullcontext(name) as slug:
         registry = plugins.registry()
-        entry = next((e for e in registry.entries if slug in (e.name, e.distribution)), None)
-        if entry is None:
+        found = [e for e in registry.entries if slug in (e.name, e.distribution)]
+        if not found:
             hint = nearest(slug, [e.name for e in registry.entries])
             raise InputError(name, "no such plugin, and no folder with a pyproject.toml", hint=hint)
+        if len(sources := sorted({e.distribution for e in found})) > 1:
+            raise InputError(name, f"{len(sources)} distributions bring it: name one", allowed=sources)
+        entry = found[0]
         offered = [(kind, c) for kind, e, c in registry.components() if e == entry]
         fault = next((f for f in registry.quarantine if f.entry == entry), None)
         place = folder.resolve() if in_folder else None
