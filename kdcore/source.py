@@ -50,7 +50,8 @@ def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
         path = _find(os.fspath(where))
         text, tree = _parsed(path)
         title = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-_.")[:80]
-        source = Source({"name": title or "run", **tree}, str(path), text, given)
+        named = tree if path.name == LOCK else {"name": title or "run", **tree}  # a lock is whole
+        source = Source(named, str(path), text, given)
     for each in given:
         override(source.tree, each)
     return source

@@ -23,6 +23,8 @@ from kdcore.comparison import Comparison
 from kdcore.comparison.stats import paired
 from kdcore.errors import InputError, RunError
 from kdcore.plugins import Entry
+from kdcore.shipping import load_student
+from kdcore.source import LOCK
 
 SMUGGLER = """
     from kdcore import Component, hookimpl
@@ -211,6 +213,29 @@ def test_input_errors_come_before_anything_runs(tiny: dict[str, Any], tmp_path: 
             kdcore.compare(tiny, out=tmp_path / "c", **options)
         assert message in str(caught.value)
     assert not (tmp_path / "c").exists()
+
+
+def test_an_arm_is_a_run_folder_that_finds_the_modules_beside_the_recipe(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "c/runs/recipe/seed-0"
+    home.mkdir()
+    (home / "beside_compare.py").write_text("from kdcore.zoo import mlp as net\n", "utf-8")
+    (home / "recipe.toml").write_text(tomli_w.dumps({**tiny, "name": "recipe"}), "utf-8")
+    override = "student.model=beside_compare:net"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    kdcore.compare(home / "recipe.toml", overrides=[override], seeds=2, out=tmp_path / "c")
+    for _ in range(2):  # as it was left, and as a resume leaves it
+        monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(home)])
+        monkeypatch.delitem(sys.modules, "beside_compare")
+        load_student(folder)
+        kdcore.run(folder / LOCK, out=folder, resume=True)
+
+
+def test_a_recipe_without_a_name_can_be_resumed(tiny: dict[str, Any], tmp_path: Path) -> None:
+    del tiny["name"]
+    before = kdcore.run(tiny, out=tmp_path / "r").results
+    assert kdcore.run(tmp_path / "r" / LOCK, out=tmp_path / "r", resume=True).results == before
 
 
 INTERRUPTING = """

@@ -23,6 +23,7 @@ from kdcore.folder import open_folder
 from kdcore.report import read_metrics
 from kdcore.running import stages
 from kdcore.signals import graceful
+from kdcore.source import LOCK
 from kdcore.stages import StageRun, train_teacher
 from kdcore.tables import DataTable
 from kdcore.types import Data
@@ -78,9 +79,10 @@ def standard_stages(tree: dict[str, Any]) -> list[str]:
 def run_arm(job: Job) -> dict[str, Any]:
     """The run of one arm and seed, or what a finished one left: see ``outcome``."""
     job.arrive()
-    open_folder(job.folder, recipes.Source(job.tree), resume=True, force=False)
+    source = recipes.Source(job.tree, str(Path(job.home) / "recipe.toml"))  # its modules are found again there
+    open_folder(job.folder, source, resume=True, force=False)
     _place_teachers(job)
-    api.run(job.tree, out=job.folder, resume=True)
+    api.run(job.folder / LOCK, out=job.folder, resume=True)
     return outcome(job.folder)
 
 
