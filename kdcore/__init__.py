@@ -41,8 +41,13 @@ def lazy(package: str, **modules: str) -> Callable[[str], Any]:
     return find
 
 
-_API = dict.fromkeys(("build", "cache", "check", "run"), "api")
-_KINDS = ("Augmentation", "Exporter", "Loss", "Probe", "Router", "Stage", "Student", "Teacher", "frozen")
-__getattr__ = lazy(
-    __name__, compare="comparison", export="shipping", **_API, **dict.fromkeys(_KINDS, "kinds")
-)
+_WHERE = {
+    "compare": "comparison",
+    "export": "shipping",
+    **dict.fromkeys(("build", "cache", "check", "run"), "api"),
+}
+__getattr__ = lazy(__name__, **{name: _WHERE.get(name, "kinds") for name in __all__ if name not in globals()})
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -79,7 +79,8 @@ class RunEvents:
     """Events of a run, in the order in which they happen. Any component may have any of them.
 
     An implementation may leave out arguments that it does not need; an argument that the event does not
-    have, or an event that does not exist, is an error before the run starts.
+    have, or an event that does not exist, is an error before the run starts. A loss changes its state in its
+    events, never in ``forward``.
     """
 
     @hookspec
@@ -102,7 +103,7 @@ class RunEvents:
 
     @hookspec
     def after_step(self, batch: Batch, student: Outputs, teachers: dict[str, Outputs]) -> None:
-        """After the optimisers' step. The only place, with ``before_step``, where a loss changes its state.
+        """After the optimisers' step.
 
         ``student`` (or a dict of them by stream) and ``teachers`` are detached; a routed teacher's ``rows`` say
         which samples it answered for, and one that ran on none is left out.

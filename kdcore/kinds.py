@@ -109,6 +109,10 @@ class Student(Model):
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
+    input_names: tuple[str, ...] = ("input",)
+    """The batch's keys that the exported graph takes, in its order."""
+    export_batch: tuple[int, int] = (1, 64)
+    """The fewest and the most samples that the exported graph takes in a call."""
 
     def task_loss(self, outputs: Outputs, batch: Batch) -> Terms | None:
         """[B], [B,L] or named terms; None leaves it to the recipe's task."""
@@ -128,14 +132,19 @@ class Student(Model):
         return found
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the exported graph takes, by name."""
-        raise NotImplementedError(f"{type(self).__name__} has no inputs(batch): it cannot be exported")
+        """What the exported graph takes, by name; the default is the batch's ``input_names``."""
+        if absent := [name for name in self.input_names if name not in batch]:
+            hint = f"set input_names, or write inputs(batch), in {type(self).__name__}"
+            problem = "the batch has not what the graph takes"
+            raise InputError("student.input_names", problem, given=absent, allowed=list(batch), hint=hint)
+        return {name: batch[name] for name in self.input_names}
 
     def shapes(
         self, inputs: Mapping[str, Tensor]
     ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
         """Shapes of the graph's inputs, with names for the axes that may vary, and each such axis's range."""
-        return {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}, {"batch": (1, 64)}
+        shapes = {name: ("batch", *value.shape[1:]) for name, value in inputs.items()}
+        return shapes, {"batch": self.export_batch}
 
     def host(self, batch: Batch) -> tuple[str, dict[str, Any]] | None:
         """Work around the graph (voxels, box decoding) that ships as Python: the file's text, and what its
@@ -164,7 +173,7 @@ class Deployed(nn.Module):
     def __init__(self, student: Any, names: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.student = student
-        self.names = names or tuple(getattr(student, "input_names", ("input",)))
+        self.names = names or tuple(student.input_names)
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         batch = Batch(dict(zip(self.names, tensors, strict=True)))
@@ -198,7 +207,7 @@ class Loss(Kind):
     """``forward(student, teacher, batch)`` gives a term or named terms: each [B], [B,L] or a scalar.
 
     A term [B,L] is a sum over supervised positions divided by their count in the global batch. A loss
-    changes no state in forward (``after_step`` may).
+    changes its state in its events, never in ``forward``.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("student.logits", "teacher.logits")

@@ -36,6 +36,8 @@ class _Wrapped(Kind):
     The module is called with the batch's ``inputs``; it gives a tensor, a dict of tensors or Outputs.
     """
 
+    input_names: tuple[str, ...]
+
     def __init__(
         self,
         *,
@@ -61,10 +63,24 @@ class _Wrapped(Kind):
 
 
 class ModuleStudent(_Wrapped, Student):
-    """A torch module as a student: called with the batch's ``inputs``; gives a tensor, a dict or Outputs."""
+    """A torch module as a student: called with the batch's ``inputs``; gives a tensor, a dict or Outputs.
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.input_names}
+    ``export_batch``: the fewest and the most samples that the exported graph takes in a call.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Callable[..., Any],
+        args: dict[str, Any] = {},  # noqa: B006
+        inputs: list[str] = ["input"],  # noqa: B006
+        checkpoint: str | None = None,
+        export_batch: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (1, 64),
+    ) -> None:
+        super().__init__(model=model, args=args, inputs=inputs, checkpoint=checkpoint)
+        if export_batch[0] > export_batch[1]:
+            raise InputError("student.export_batch", "the fewest are more than the most", given=export_batch)
+        self.export_batch = export_batch
 
     def parameters_to_ship(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

@@ -120,7 +120,7 @@ def bench(artefact: Path, run_folder: Path | None, batches: Sequence[int], threa
     student, teachers = None, []
     if run_folder is not None:
         trained, run = load_student(run_folder)
-        student, names = trained.cpu().deploy().eval(), tuple(getattr(trained, "input_names", ()))
+        student, names = trained.cpu().deploy().eval(), trained.input_names
         teachers = [Deployed(teacher.cpu(), names) for teacher in load_teachers(run).values()]
     return str(
         exporter.bench(artefact, student, next(iter(teachers), None), batches=batches, threads=threads)

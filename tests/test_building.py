@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kdcore
 from kdcore import InputError
@@ -123,3 +124,26 @@ def test_what_a_component_raises_is_bad_input_in_its_words(
     tiny["loss"] = [{"use": "clumsy", "where": where}]
     with pytest.raises(InputError, match=words):
         kdcore.check(tiny)
+
+
+def test_a_batch_that_the_exported_graph_can_never_take(tiny: dict[str, Any]) -> None:
+    tiny["student"]["export_batch"] = [8, 4]
+    with pytest.raises(InputError, match="the fewest are more") as caught:
+        kdcore.check(tiny)
+    assert caught.value.place == "student.export_batch"
+
+
+def test_a_graph_takes_what_input_names_say() -> None:
+    class Named(kdcore.Student):
+        input_names = ("pixels",)
+
+        def forward(self, batch: kdcore.Batch) -> kdcore.Outputs:
+            return kdcore.Outputs(batch["pixels"])
+
+    pixels = torch.ones(2, 3)
+    student, batch = Named(), kdcore.Batch({"id": torch.arange(2), "pixels": pixels})
+    assert student.inputs(batch) == {"pixels": pixels}
+    assert student.deploy()(pixels)["logits"] is pixels
+    with pytest.raises(InputError, match="not what the graph takes") as caught:
+        student.inputs(kdcore.Batch({"id": torch.arange(2)}))
+    assert "or write inputs(batch), in Named" in str(caught.value)

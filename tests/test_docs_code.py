@@ -1,7 +1,9 @@
-"""The Python of docs/plugins.md and docs/testing.md runs as it stands: as a plugin, as its oracles and its tests."""
+"""The code of docs/plugins.md, docs/testing.md and docs/recipes.md runs as it stands: as a plugin, its oracles and its
+tests; as a recipe on data and models of one's own, by the command lines that stand there."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kdcore import cli
 from kdcore.hookspecs import HOOKS
 from kdcore.testing import check_plugin
 from kdcore.testing.opening import opened
@@ -83,3 +86,23 @@ def test_no_block_is_left_out() -> None:
     modules = [block for block in [*PLUGIN, *TESTS] if block.startswith("# kd_plugin_my_method/")]
     assert len(CLASSES) == 5
     assert len(PLUGIN) + len(TESTS) == len(CLASSES) + len(modules) + 2
+
+
+def test_the_recipe_on_data_and_models_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run, compared, exported and served by the page's own lines, in its folder."""
+    monkeypatch.chdir(tmp_path)
+    section = (DOCS / "recipes.md").read_text("utf-8").partition("## Your own data and model\n")[2]
+    module, recipe, commands, serving = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[:4]
+    for text in (module, recipe):
+        Path(text.partition("\n")[0].removeprefix("# ")).write_text(text, "utf-8")
+    for line in commands.splitlines():
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(line.split()[1:])
+    artefact = json.loads(Path("runs/tumours/artefact/artefact.json").read_text("utf-8"))
+    assert artefact["axes"]["batch"] == {"min": 1, "max": 256, "multiple_of": 1}
+    assert artefact["labels"] == ["malignant", "benign"]
+    assert artefact["provenance"]["source"]["data_licence"] == "CC BY 4.0"
+    exec(serving, {})
+    assert "['malignant', 'malignant', 'malignant']" in capsys.readouterr().out

@@ -132,3 +132,9 @@ def test_a_plugins_entry_module_is_light(package: Path) -> None:
     from kdcore.plugins import HEAVY
 
     assert not tops(package / "__init__.py", top_level=True) & set(HEAVY)
+
+
+def test_every_public_name_is_listed_and_there() -> None:
+    assert set(kdcore.__all__) <= set(dir(kdcore))
+    for name in kdcore.__all__:
+        assert getattr(kdcore, name).__module__.startswith(("kdcore", "pluggy")), name

@@ -137,7 +137,6 @@ FAULTS = [
         "student",
         [("return Outputs(self.one(hidden), tensors=", "return dict(logits=self.one(hidden), **")],
     ),
-    ("has_inputs", "student", [("def inputs", "def graph_inputs")]),
     ("has_inputs", "student", [('return {"input": batch["input"]}', 'return {"input": batch["images"]}')]),
     (
         "training_only",

@@ -37,8 +37,8 @@ def outputs(s: Subject, call: Call) -> None:
 
 @check("student")
 def has_inputs(s: Subject, call: Call) -> None:
-    """The export asks the student which of a batch's values its graph takes. Do: write inputs(batch) -> dict of
-    tensors."""
+    """The export asks the student which of a batch's values its graph takes. Do: set input_names, or write
+    inputs(batch) -> dict of tensors."""
     batch = copied(call.args["batch"])
     found = s.fresh().eval().inputs(batch)
     fine = found and all(isinstance(v, Tensor) and len(v) == len(batch) for v in found.values())

@@ -99,7 +99,7 @@ class DualHead(Student):
             self._start(load_tensors(heads, "student.heads")["weight"])
         self.register_buffer("alpha", torch.tensor(alpha))
         self.register_buffer("beta", torch.tensor(beta))
-        self.input_names = tuple(getattr(backbone, "input_names", ("input",)))
+        self.input_names = backbone.input_names
 
     def forward(self, batch: Batch) -> Outputs:
         """``logits`` are the label head's: what the task's loss and any other loss on logits trains."""

@@ -27,7 +27,7 @@ class Subclassed(Student):
         super().__init__()
         self.backbone, self.subclasses = backbone, subclasses
         self.classes = widen(backbone.model, head, subclasses)
-        self.input_names = tuple(getattr(backbone, "input_names", ("input",)))
+        self.input_names = backbone.input_names
 
     def forward(self, batch: Batch) -> Outputs:
         u = self.backbone(batch)["logits"].unflatten(1, (self.classes, self.subclasses))

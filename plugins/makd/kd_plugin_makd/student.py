@@ -32,7 +32,7 @@ class WiderHead(Student):
         self.backbone = backbone
         self.class_head = _take_out(backbone.model, head)
         self.aspect_head = nn.Linear(self.class_head.in_features, questions)
-        self.input_names = tuple(getattr(backbone, "input_names", ("input",)))
+        self.input_names = backbone.input_names
 
     @property
     def model(self) -> nn.Module:

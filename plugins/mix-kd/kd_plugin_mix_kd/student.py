@@ -22,7 +22,7 @@ class Rescaled(Student):
     def __init__(self, *, backbone: Student) -> None:
         super().__init__()
         self.backbone = backbone
-        self.input_names = tuple(getattr(backbone, "input_names", ("input",)))
+        self.input_names = backbone.input_names
 
     @property
     def model(self) -> nn.Module:
