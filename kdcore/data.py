@@ -87,7 +87,7 @@ class Source:
 
     def __init__(self, table: DataTable, seed: int) -> None:
         self.table, self.seed = table, seed
-        self.data = _load(table)
+        self.data = load(table)
         train = self.data.train
         self.streams = dict(train) if isinstance(train, Mapping) else {"main": train}
         self.epoch = table.epoch or next(iter(self.streams))
@@ -114,6 +114,13 @@ class Source:
             raise InputError("data.tune", "leaves a split empty", given=self.table.tune)
         self.data.tune = Part(whole, sorted(order[:cut].tolist()))
         self.streams[self.epoch] = Part(whole, sorted(order[cut:].tolist()))
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: what the source says of itself, and the number of samples of each stream and split."""
+        streams = {"train" if name == "main" else name: data for name, data in self.streams.items()}
+        splits = {"tune": self.data.tune, "val": self.data.val, "test": self.data.test}
+        counts = {name: len(data) for name, data in {**streams, **splits}.items() if data is not None}
+        return {"description": self.data.description, "samples": counts}
 
     @property
     def batch_sizes(self) -> dict[str, int]:
@@ -156,7 +163,8 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _load(table: DataTable) -> Data:
+def load(table: DataTable) -> Data:
+    """What the recipe's data source returns for its arguments, checked."""
     if table.use == "ids":
         if not table.count:
             raise InputError("data.count", 'data of use = "ids" needs a count')

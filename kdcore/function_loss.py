@@ -72,7 +72,9 @@ class FunctionLoss(Loss):
     def extra_repr(self) -> str:
         # the function's own repr has an address: no two runs would be equal
         name = getattr(self.function, "__name__", "function")
-        return ", ".join([name, *(f"{key}={value}" for key, value in self.params.items())])
+        known = inspect.signature(self.function).parameters.values()
+        defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
+        return ", ".join([name, *(f"{key}={value}" for key, value in {**defaults, **self.params}.items())])
 
 
 def _bound(name: str, student: Outputs, teacher: Outputs, batch: Batch) -> Any:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Sequence[Any]
+ROUNDING = 1e-6  # metrics come out of float32
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.3em .7em;text-align:left}"
@@ -24,6 +25,14 @@ STYLE = (
     "blockquote{background:#fff3cd;margin:1em 0;padding:.1em 1em;border-left:4px solid #e0a800}"
 )
 NAMES = {"baseline": "student alone", "student": "student, distilled"}  # the other models are teachers
+
+COLLAPSED = "{}: on the test split no better than naming its most frequent class always (accuracy {:.4g})."
+AGREEMENT = "Agreement: the share of test samples for which the student and that teacher name the same class."
+SETUP = "Parameters that the recipe leaves at their defaults are given too, except what is off or empty."
+GRADIENTS = (
+    "Gradient norm: of the weighted term, at the student's outputs (logits and taps), in the first step in which "
+    "the term had a weight. Share: that norm's part of the sum over all terms; below 1 % a term is called dead."
+)
 
 
 class Page:
@@ -118,8 +127,15 @@ def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> None:
         page.text(recipe.description)
     if results.get("test"):
         page.section("Test split, read once at the end", _models(results))
+        for name in collapsed(results):
+            page.warning(COLLAPSED.format(NAMES.get(name, f"teacher {name}"), results["data"]["majority"]))
+        if any(key.startswith("agreement_") for key in results["test"].get("student", {})):
+            page.text(AGREEMENT)
         if "baseline" not in results["test"]:
             page.text("The student alone was not trained: set report.baseline = true, or run kd compare.")
+    page.section("Setup", results.get("setup", ()))
+    if results.get("setup"):
+        page.text(SETUP)
     if "student" in results:
         _curves(page)
         pictures(page)
@@ -130,6 +146,12 @@ def write(recipe: Recipe, folder: Path, results: Mapping[str, Any]) -> None:
     page.facts("Export", results.get("export", {}))
     page.facts("Made with", {"seed": results.get("seed"), **results.get("versions", {})})
     page.save()
+
+
+def collapsed(results: Mapping[str, Any]) -> list[str]:
+    """The models of a run that classify the test split no better than its most frequent class, named always, would."""
+    most, test = results.get("data", {}).get("majority"), results.get("test", {})
+    return [name for name, found in test.items() if most and found.get("accuracy", 1.0) <= most + ROUNDING]
 
 
 def _models(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -169,7 +191,7 @@ def _guards(page: Page, guards: Mapping[str, Any]) -> None:
     if guards.get("terms"):
         for text in guards["warnings"]:
             page.warning(text)
-        page.text("Gradient norms are those at the student's outputs.")
+        page.text(GRADIENTS)
         frozen = "in eval mode and unchanged from the first step to the last (version counters)"
         page.text(f"Frozen teachers: {frozen}.")
 

@@ -179,7 +179,8 @@ class Distill(Stage):
                 models[name] = teacher
         results["student"] = run.fit(parts, "student")
         models["student"] = parts.student
-        results["test"] = _judged(run, models, parts.task, {"baseline": view, **parts.views})
+        results["test"], majority = _judged(run, models, parts.task, {"baseline": view, **parts.views})
+        results["data"] = {**run.source.facts(), "majority": majority}
         results["parameters"] = {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()}
         results["conventions"] = conventions_of(parts)
         path = run.folder / "student.safetensors"
@@ -208,10 +209,11 @@ def train_teacher(run: StageRun, name: str) -> tuple[Teacher, dict[str, Any]]:
 
 def _judged(
     run: StageRun, models: Mapping[str, Any], task: Task, views: Mapping[str, View]
-) -> dict[str, dict[str, float]]:
-    """Test metrics of every model behind its view, with the student's agreement with each teacher."""
+) -> tuple[dict[str, dict[str, float]], float | None]:
+    """Test metrics of every model behind its view, with the student's agreement with each teacher; and what naming
+    the most frequent class would come to."""
     if task.table.use == "none":
-        return {}
+        return {}, None
     meters = {
         name: judge(model, run.source.loader("test"), task, run.device, views[name])
         for name, model in models.items()
@@ -221,7 +223,7 @@ def _judged(
         if meter.classes and name not in ("student", "baseline"):
             ours, theirs = torch.cat(meters["student"].classes), torch.cat(meter.classes)
             found["student"][f"agreement_{name}"] = float((ours == theirs).double().mean())
-    return found
+    return found, meters["student"].majority()
 
 
 def _untrained(recipe: Recipe, parts: Parts) -> list[str]:

@@ -36,6 +36,7 @@ Answer = tuple[Batch, Outputs]
 View = Mapping[str, str] | None
 LOSS = "loss"  # the metric that is the task's own loss, the student's where it has one
 LOWER_IS_BETTER = ("error", "perplexity", "loss", "distance", "calibration")
+SHARES = ("accuracy", "jaccard", "f1", "auroc", "precision", "recall", "calibration", "dice", "specificity")
 
 
 def higher_is_better(metric: str) -> bool:
@@ -43,6 +44,18 @@ def higher_is_better(metric: str) -> bool:
     if ":" in metric:
         return getattr(_metric_class(metric), "higher_is_better", None) is not False
     return not any(word in metric for word in LOWER_IS_BETTER)
+
+
+def is_share(metric: str) -> bool:
+    """Whether it lies between 0 and 1: by torchmetrics' bounds, and by its words where torchmetrics has no such metric."""
+    import torchmetrics
+
+    try:
+        kind = _metric_class(metric)
+    except InputError:  # a number that a probe or a demonstration measured
+        return any(word in metric for word in SHARES)
+    kind = getattr(torchmetrics.classification, f"Multiclass{kind.__name__}", kind)
+    return (kind.plot_lower_bound, kind.plot_upper_bound) == (0, 1) and "loss" not in metric
 
 
 class Task:
@@ -88,12 +101,13 @@ class Task:
 class Meter:
     """The task's metrics over an evaluation: ``update`` with each batch, ``compute`` once.
 
-    ``classes`` are the predicted ones, batch by batch, where the task is classification.
+    ``classes`` and ``targets`` are the predicted and the true ones, batch by batch, where the task is classification.
     """
 
     def __init__(self, task: Task) -> None:
         self.task, self._loss, self._rows = task, 0.0, 0
         self.classes: list[Tensor] = []
+        self.targets: list[Tensor] = []
         # a language model's classes are its vocabulary, which its first logits tell
         self._metrics = {} if task.table.use == "language" else self._made(task.classes)
 
@@ -120,6 +134,8 @@ class Meter:
         if target is None:
             return
         target = target.cpu()
+        if self.task.table.use == "classification":
+            self.targets.append(target)
         if self.task.table.use == "language":
             self._metrics = self._metrics or self._made(prediction.shape[-1])
             prediction, target = prediction[target != -100], target[target != -100]
@@ -141,6 +157,12 @@ class Meter:
         if self._rows:
             found[LOSS] = self._loss / self._rows
         return {name: found[name] for name in self.task.metrics if name in found}
+
+    def majority(self) -> float | None:
+        """The accuracy of naming the most frequent class always; None where nothing was classified."""
+        labelled = torch.cat(self.targets) if self.targets else torch.tensor([])
+        labelled = labelled[labelled >= 0]
+        return float(labelled.unique(return_counts=True)[1].max()) / len(labelled) if len(labelled) else None
 
 
 def _metric_class(name: str) -> Any:

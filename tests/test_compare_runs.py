@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import statistics
@@ -206,6 +207,7 @@ def test_input_errors_come_before_anything_runs(tiny: dict[str, Any], tmp_path: 
         ({"arms": ["hot:loss.0.temperatur=2"]}, "arm hot: loss.0.temperatur: unknown parameter"),
         ({"seeds": 1}, "two at least"),
         ({"overrides": ["task.metrics=[]"]}, "a comparison needs a metric"),
+        *(({"detect": value}, "a number above 0") for value in (0.0, -1.0, math.nan, math.inf)),
         ({"tune": 2, "space": ["train.optimizer.lr=[2, 1]"]}, "no range"),
     ]
     for options, message in cases:
@@ -213,6 +215,9 @@ def test_input_errors_come_before_anything_runs(tiny: dict[str, Any], tmp_path: 
             kdcore.compare(tiny, out=tmp_path / "c", **options)
         assert message in str(caught.value)
     assert not (tmp_path / "c").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="no comparison"):
+        kdcore.compare(tiny, out=tmp_path / "file")
 
 
 def test_an_arm_is_a_run_folder_that_finds_the_modules_beside_the_recipe(
@@ -329,6 +334,8 @@ def test_command_and_report(tiny: dict[str, Any], tmp_path: Path, capsys: pytest
     for heading in (
         "Verdict",
         "Results",
+        "Setup of tiny",
+        "Setup of the others, where it differs",
         "Matched arms",
         "Teachers",
         "Other metrics",
@@ -336,7 +343,15 @@ def test_command_and_report(tiny: dict[str, Any], tmp_path: Path, capsys: pytest
         "Made with",
     ):
         assert f"## {heading}" in markdown
-    assert "to see 2 points" in markdown
+    assert "to see 2.00 points" in markdown
+    for fact in (
+        "| samples | scikit-learn digits, 100 training images | train 100; val 270; test 629 |",
+        "| hot | loss.0 | kd | weight 0.9; temperature 8 |",
+        "One of the 629 test samples is 0.16 points",
+        "Agreement: the share of test samples",
+    ):
+        assert fact in markdown
+    assert "peak MB" not in markdown  # the process's: it would grow from arm to arm
     page = _Links()
     page.feed((tmp_path / "c/report.html").read_text("utf-8"))
     assert len(page.found) == 1

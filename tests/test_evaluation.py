@@ -18,7 +18,7 @@ from kdcore.counts import Counts
 from kdcore.report import read_metrics
 from kdcore.shipping import load_student, request_of
 from kdcore.tables import TaskTable
-from kdcore.task import Task, higher_is_better, judge
+from kdcore.task import Task, higher_is_better, is_share, judge
 
 SIZES = (3, 5)
 
@@ -114,6 +114,14 @@ def test_a_metric_by_its_import_string_judges_a_task_of_its_own(write_module: An
     assert found[metric] == pytest.approx(max(float(b["z"].max() - b["target"].max()) for b in batches()))
     assert task.terms(Outputs(logits=torch.zeros(2, 3)), Batch({"target": torch.tensor([0, 1])})) is None
     assert not higher_is_better(metric)
+
+
+def test_metrics_between_0_and_1_are_shares() -> None:
+    shares = ("accuracy", "hamming_distance", "exact_match", "calibration_error", "probe.tail.accuracy")
+    assert all(map(is_share, shares))
+    assert not any(
+        map(is_share, ("loss", "hinge_loss", "mean_squared_error", "perplexity", "probe.size.total"))
+    )
 
 
 def test_a_metric_by_import_string_must_be_one() -> None:

@@ -74,6 +74,8 @@ def compare(
     """
     if seeds < 2:
         raise InputError("--seeds", "a paired test needs two at least", given=seeds)
+    if detect is not None and not 0 < detect < math.inf:
+        raise InputError("--detect", "no difference to see", given=detect, allowed="a number above 0")
     source = recipes.read(where, overrides)
     recipe = recipes.check(source)
     trees, own = arms_of(source, arms)
@@ -154,7 +156,7 @@ class Work:
             if changed := difference(old, new):
                 problem = f"changed since this comparison began: {changed}"
                 raise InputError(str(self.folder), problem, hint="name another --out")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(str(self.folder), "not empty, and no comparison", hint="name another --out")
         write_json(path, plan)
 
@@ -227,7 +229,10 @@ class Work:
         whole = [arm for arm in self.trees if arm not in self.failures]
         values = {a: [self.outcomes[a][seed]["test"][self.metric] for seed in self.seeds] for a in whole}
         references = [arm for arm in self.references if arm in values]
-        differences, scale = compare_all(values, references), scale_of(self.metric, detect, values)
+        differences, scale = (
+            compare_all(values, references),
+            scale_of(self.metric, detect, values, self.step()),
+        )
         table = [self._row(arm, values[arm], differences) for arm in whole]
         unmatched = {row["arm"]: row["unmatched"] for row in table}
         verdicts = {arm: verdict(arm, differences, scale, unmatched[arm]) for arm, _ in differences}
@@ -242,6 +247,19 @@ class Work:
             raise RunError(f"{count} runs failed: {arm}, {first}\n  hint    {where} has the rest")
         return Comparison(self.folder, table, verdicts, markdown)
 
+    def facts(self) -> dict[str, Any]:
+        """What a run said of the data; of the recipe's own arm, where it has runs."""
+        runs = [
+            *self.outcomes[self.own].values(),
+            *(r for each in self.outcomes.values() for r in each.values()),
+        ]
+        return next((run["data"] for run in runs), {})
+
+    def step(self) -> float:
+        """What one sample of the test split makes in the metric; 0 where no sample makes a step of its own."""
+        facts = self.facts()
+        return 1 / facts["samples"]["test"] if self.metric == "accuracy" and facts.get("majority") else 0.0
+
     def _row(self, arm: str, values: list[float], differences: Differences) -> dict[str, Any]:
         """What is said of an arm, as it is kept in compare.json."""
         runs, unmatched = [*self.outcomes[arm].values()], self._unmatched(arm)
@@ -252,7 +270,6 @@ class Work:
             "values": values,
             **{f"vs {theirs}": d.told() for (ours, theirs), d in differences.items() if ours == arm},
             "seconds": float(np.mean([run["seconds"] for run in runs])),
-            "peak_memory": max(run["peak_memory"] or 0 for run in runs),
             "parameters": runs[0]["parameters"].get("student"),
             "matched": not unmatched,
             "unmatched": unmatched,

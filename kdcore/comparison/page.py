@@ -9,7 +9,7 @@ import numpy as np
 
 from kdcore.comparison.stats import Differences
 from kdcore.comparison.verdicts import Scale
-from kdcore.report import Page, conventions
+from kdcore.report import AGREEMENT, COLLAPSED, SETUP, Page, conventions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ Table = Sequence[Mapping[str, Any]]  # a row an arm, as in compare.json
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # what each finished run of an arm came to
 HOW = (
     "Every arm is trained with the same seeds, and each seed gives one difference between two arms. "
+    "Intervals and p are over seeds alone, on this one test set: another choice of its samples is not covered. "
     "Intervals hold 95 % confidence for the mean of one difference (paired t). p is the paired t test's, "
     "corrected by Holm's method over all differences of this report: the chance of even one false alarm "
     "among them is at most 5 %. Better and worse mean corrected p <= 0.05. Seeds needed are for power 0.8 at "
@@ -45,8 +46,10 @@ def write(work: Work, table: Table, verdicts: Mapping[str, str], found: Differen
     page.items(verdicts.items())
     if table:
         page.section("Results", (_shown(row, found, scale) for row in table))
+        _limits(page, work, scale, runs)
         page.text(HOW)
         page.figure("comparison.png", figure(work.metric, table, runs))
+    _setup(page, work, runs)
     page.heading("Matched arms")
     page.text(MATCHED)
     for row in (row for row in table if row["unmatched"]):
@@ -72,9 +75,7 @@ def write(work: Work, table: Table, verdicts: Mapping[str, str], found: Differen
     for text in dict.fromkeys(warnings):
         page.warning(text)
     page.facts("Made with", first["versions"])
-    page.text(
-        f"Seconds: the student's training, {work.jobs} at a time. Peak MB: the whole process, or the GPU."
-    )
+    page.text(f"Seconds: the student's training, {work.jobs} at a time.")
     page.save()
     return page.markdown
 
@@ -88,10 +89,32 @@ def _shown(row: Mapping[str, Any], found: Differences, scale: Scale) -> dict[str
         "sd": scale.number(row["sd"]),
         **{f"vs {each} [95 %], p": scale.difference(found.get((row["arm"], each))) for each in references},
         "seconds": f"{row['seconds']:.3g}",
-        "peak MB": f"{row['peak_memory'] / 2**20:.0f}",
         "parameters": row["parameters"],
         "matched": row["matched"],
     }
+
+
+def _limits(page: Page, work: Work, scale: Scale, runs: Runs) -> None:
+    """How fine the test split is, and the arms that learned nothing of it."""
+    if step := work.step():
+        seen = f"One of the {round(1 / step)} test samples is {scale.amount(step)}"
+        page.text(f"{seen}; differences of less are not asked for.")
+    for arm, each in runs.items():
+        if bad := [seed for seed, run in work.outcomes[arm].items() if "student" in run["collapsed"]]:
+            where = f"{arm}, seed {', '.join(map(str, bad))}"
+            page.warning(COLLAPSED.format(where, each[0]["data"]["majority"]))
+
+
+def _setup(page: Page, work: Work, runs: Runs) -> None:
+    """The recipe's own arm in full, of the others what it has not."""
+    own = runs[work.own][0]["setup"] if work.own in runs else []
+    page.section(f"Setup of {work.own}", own)
+    others = [
+        {"arm": arm, **row} for arm, (run, *_) in runs.items() for row in run["setup"] if row not in own
+    ]
+    page.section("Setup of the others, where it differs", others)
+    if own or others:
+        page.text(f"{SETUP} The arm none has no losses, and no router.")
 
 
 def _teacher(run: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -109,6 +132,8 @@ def _others(page: Page, metric: str, runs: Runs) -> None:
     if rows:
         page.heading("Other metrics, mean ± sd (not tested)")
         page.table(("metric", *runs), rows)
+    if any(name.startswith("agreement_") for name in names):
+        page.text(AGREEMENT)
 
 
 def figure(metric: str, table: Table, runs: Runs) -> Figure:

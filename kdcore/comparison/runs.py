@@ -17,10 +17,10 @@ from kdcore import api
 from kdcore import recipe as recipes
 from kdcore.building import to_train
 from kdcore.checkpoint import replacing
-from kdcore.data import Source
+from kdcore.data import load
 from kdcore.errors import RunError
 from kdcore.folder import open_folder
-from kdcore.report import read_metrics
+from kdcore.report import collapsed, read_metrics
 from kdcore.running import stages
 from kdcore.signals import graceful
 from kdcore.source import LOCK
@@ -28,12 +28,8 @@ from kdcore.stages import StageRun, train_teacher
 from kdcore.tables import DataTable
 from kdcore.types import Data
 
-FIT_FILES = (
-    "metrics.jsonl",
-    "weights.safetensors",
-    "teacher.safetensors",
-    "result.json",
-)  # the last says done
+# of a fit that is done, as its last file says
+FIT_FILES = ("metrics.jsonl", "weights.safetensors", "teacher.safetensors", "result.json")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def standard_stages(tree: dict[str, Any]) -> list[str]:
 def run_arm(job: Job) -> dict[str, Any]:
     """The run of one arm and seed, or what a finished one left: see ``outcome``."""
     job.arrive()
-    source = recipes.Source(job.tree, str(Path(job.home) / "recipe.toml"))  # its modules are found again there
+    source = recipes.Source(job.tree, str(Path(job.home) / "recipe.toml"))  # where its modules are found
     open_folder(job.folder, source, resume=True, force=False)
     _place_teachers(job)
     api.run(job.folder / LOCK, out=job.folder, resume=True)
@@ -103,6 +99,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         "teachers": {n: {**each, **seconds.get(n, {})} for n, each in models.items() if n != "student"},
         "curve": [[step, metrics[0]] for step, metrics in judged if metrics],
         "warnings": fit["guards"]["warnings"],
+        "collapsed": collapsed(results),
+        "data": results.get("data", {}),
+        "setup": results.get("setup", []),
         "fingerprint": {"steps": fit["steps"], **fit["guards"]["fingerprint"]},
         **{key: fit[key] for key in ("seconds", "peak_memory")},
         **{key: results[key] for key in ("parameters", "conventions", "versions")},
@@ -120,7 +119,7 @@ def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
 
 def without_test(*, source: str, args: dict[str, Any] = {}) -> Data:  # noqa: B006 - read only
     """The data of ``source`` with val in the place of test: all that a trial of a search may see."""
-    data = Source(DataTable(source=source, args=args), seed=0).data
+    data = load(DataTable(source=source, args=args))
     data.test = data.val
     return data
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kdcore.comparison.stats import Difference, Differences, Values, level_left, power, seeds_needed
-from kdcore.task import higher_is_better
-
-SHARES = ("accuracy", "jaccard", "f1", "auroc", "precision", "recall", "calibration", "dice", "specificity")
+from kdcore.task import higher_is_better, is_share
 
 
 @dataclass(frozen=True)
@@ -21,13 +19,13 @@ class Scale:
 
     @property
     def unit(self) -> str:
-        return " (points)" if _share(self.metric) else ""
+        return " (points)" if is_share(self.metric) else ""
 
     def number(self, value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.2f}" if _share(self.metric) else f"{value:{sign}.4g}"
+        return f"{100 * value:{sign}.2f}" if is_share(self.metric) else f"{value:{sign}.4g}"
 
     def amount(self, value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.3g} points" if _share(self.metric) else f"{value:{sign}.3g}"
+        return self.number(value, sign) + (" points" if is_share(self.metric) else "")
 
     def interval(self, d: Difference) -> str:
         return "" if math.isnan(d.low) else f" [{self.number(d.low)}, {self.number(d.high)}]"
@@ -37,10 +35,13 @@ class Scale:
         return f"{self.number(d.mean, '+')}{self.interval(d)}, {p_value(d.corrected)}" if d else ""
 
 
-def scale_of(metric: str, detect: float | None, values: Values) -> Scale:
-    """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of the largest first value."""
-    if _share(metric):
-        return Scale(metric, (0.5 if detect is None else detect) / 100)
+def scale_of(metric: str, detect: float | None, values: Values, least: float = 0.0) -> Scale:
+    """``detect`` in points (or the metric's unit); by default 0.5 points, or 1 % of the largest first value.
+
+    ``least`` is the smallest step that the metric can make: less is not asked for.
+    """
+    if is_share(metric):
+        return Scale(metric, max((0.5 if detect is None else detect) / 100, least))
     level = max((abs(row[0]) for row in values.values()), default=1.0)
     return Scale(metric, level / 100 if detect is None else detect)
 
@@ -77,7 +78,3 @@ def _against(reference: str, d: Difference, scale: Scale, level: float) -> str:
     head += f": {needed} more would be needed to see {scale.amount(scale.seen)}"
     here = seeds_needed(d.mean, d.sd, level) - d.count if abs(d.mean) > scale.seen else 0
     return head + (f", {here} to see {scale.amount(abs(d.mean))}" if here > 0 else "")
-
-
-def _share(metric: str) -> bool:
-    return any(name in metric for name in SHARES)
