@@ -154,7 +154,7 @@ def request_of(folder: Path) -> ExportRequest:
         labels=data.labels,
         targets=targets,
         metric=metric,
-        metric_name=judged,
+        metric_name=judged and f"{judged} on {len(held)} samples of the validation split",
         higher_is_better=bool(judged) and higher_is_better(judged),
         absent=tuple(name for own in student.training_only for name in (own, f"student.{own}")),
         provenance=_provenance(folder, run.recipe, data.licence),

@@ -87,14 +87,19 @@ def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 def override(tree: dict[str, Any], text: str) -> None:
     """Apply ``train.epochs=5`` or ``loss.0.temperature=2`` in place; a value that is no TOML is a string."""
     path, equals, value = text.partition("=")
-    *parents, last = steps = path.strip().split(".")
-    if not equals or not all(steps):
+    if not equals or not all(path.strip().split(".")):
         raise InputError(text, "not an override", allowed="key.path=value, for example train.epochs=5")
+    put(tree, path.strip(), _value(value))
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set what stands at a dotted path, in place; tables on the way are made where there are none."""
+    *parents, last = path.split(".")
     node: Any = tree
     for step in parents:
         key = _key(node, step, path)
         node = node[key] if isinstance(node, list) else node.setdefault(key, {})
-    node[_key(node, last, path)] = _value(value)
+    node[_key(node, last, path)] = value
 
 
 def _key(node: Any, step: str, path: str) -> Any:

@@ -225,6 +225,12 @@ def test_a_sample_that_the_teacher_never_saw(recipe: Tree, tmp_path: Path) -> No
         made.find(batch)
 
 
+def test_a_k_that_leaves_no_rest_is_refused_before_the_teacher_is_trained(tiny: Tree, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not leave a rest"):
+        kdcore.cache(tiny, out=tmp_path / "cache", codec="topk", k=50)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_cannot_be_cached(recipe: Tree, tmp_path: Path) -> None:
     for change, words in (
         ({"teacher": {"main": {"use": "self"}}}, "changes during a run"),

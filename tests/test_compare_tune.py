@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import kdcore
 from kdcore.comparison.runs import Job, without_test
 from kdcore.comparison.tune import changed, hide_test, search, spaces
-from kdcore.errors import InputError
+from kdcore.errors import InputError, RunError
 from kdcore.recipe import parse
 
 WATCHED = """
@@ -127,3 +128,19 @@ def test_values_are_put_in_place(tiny: dict[str, Any]) -> None:
     assert out["train"]["schedule"] == {"use": "linear"}
     assert out["data"]["batch_size"] == 16
     assert tiny["data"]["batch_size"] == 32
+
+
+def test_choices_are_what_they_are_and_a_trial_of_bad_input_fails_alone(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    assert changed(tiny, {"train.optimizer.amsgrad": True})["train"]["optimizer"]["amsgrad"] is True
+    tiny |= {"seed": 0, "train": {"steps": 2, "threads": 1, "optimizer": {"use": "AdamW"}}}
+    job = Job("a", hide_test(tiny), tmp_path / "a", str(tmp_path))
+    room = spaces({"a": tiny}, ["train.optimizer.amsgrad=[true, false]", "data.batch_size=[0, 16, 32]"])
+    found = search(job, room, 6, "accuracy")
+    values = [(trial["values"], trial["val"]) for trial in found["trials"][1:]]
+    assert {type(each["train.optimizer.amsgrad"]) for each, _ in values} == {bool}
+    assert {each["data.batch_size"] == 0 for each, value in values if value is None} == {True}
+    assert all(each["data.batch_size"] > 0 for each, value in values if value is not None)
+    with pytest.raises(RunError, match=r"every trial failed: train\.optimizer\.lrr: unknown"):
+        search(replace(job, folder=tmp_path / "b"), {"a": {"train.optimizer.lrr": [0.1, 0.2]}}, 3, "accuracy")

@@ -72,11 +72,18 @@ def hosted(install: Callable[..., Any], write_module: Callable[..., str], tiny: 
     return recipe
 
 
-def test_host_code_ships_and_is_inside_the_metrics_gate(hosted: Any, tmp_path: Path) -> None:
+def test_host_code_ships_and_is_inside_the_metrics_gate(
+    hosted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from kd_exporter_onnx import load
 
     kdcore.run(hosted("hosted"), out=tmp_path / "run")
-    rows = kdcore.export(tmp_path / "run", params={"benchmark": "none"})
+    rows = kdcore.export(tmp_path / "run", params={"benchmark": "none", "provider": "tensorrt"})
+    assert "accuracy on 256 samples of the validation split: " in rows["verdict"]
+    assert "in torch" in (tmp_path / "run/artefact/README.md").read_text("utf-8")
+    if "tensorrt" not in rows["verified on"]:  # what is not here is said
+        told = f"run: kd-verify {tmp_path / 'run/artefact'} --provider tensorrt"
+        assert told in capsys.readouterr().err
     session = load(rows["artefact"], host_code=True)
     request = request_of(tmp_path / "run")
     served = session({"pixels": request.raw_samples["pixels"][:5]})["logits"]  # type: ignore[index]

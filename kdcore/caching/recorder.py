@@ -37,18 +37,22 @@ class Said:
 
 
 class Recorder:
-    """A live teacher in a prepared run, asked batch by batch. ``sizes`` are the batch sizes, by stream."""
+    """A live teacher in a prepared run, asked batch by batch. ``sizes`` are the batch sizes, by stream.
 
-    def __init__(self, run: StageRun, name: str) -> None:
+    ``trained = False``: as it is before its training, to see what would be refused after it.
+    """
+
+    def __init__(self, run: StageRun, name: str, *, trained: bool = True) -> None:
         self.name, self.recipe, self.source, place = name, run.recipe, run.source, f"teacher.{name}"
-        trained = train_teacher(run, name)[0] if name in building.to_train(run.recipe) else None
+        learns = trained and name in building.to_train(run.recipe)
+        learnt = train_teacher(run, name)[0] if learns else None
         self.parts = building.assemble(run.recipe, run.source, run.builder())
         self.teacher = self.parts.teachers[name]
         if not self.teacher.live or self.teacher.saved:
             use = run.recipe.teacher[name].use
             raise InputError(place, f"{use!r} changes during a run, or is cached already: nothing to keep")
-        if trained is not None:
-            self.teacher.load_state_dict(trained.state_dict())
+        if learnt is not None:
+            self.teacher.load_state_dict(learnt.state_dict())
         self.distiller, self.run = run.context(self.parts)
         train, self.run.steps_per_epoch = run.recipe.train, self.run.order.steps_per_epoch
         self.run.total_steps = train.steps or (train.epochs or 1) * self.run.steps_per_epoch

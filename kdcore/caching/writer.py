@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kdcore import parallel
+from kdcore.building import to_train
 from kdcore.caching import header as headers
 from kdcore.caching.check import temperature
 from kdcore.caching.keys import row_keys
@@ -136,6 +137,10 @@ def write(
     folder = folder or Path("caches") / f"{recipe.name}-{name}"
     with _alone(folder):
         run = StageRun(stage.recipe, stage.name, folder / "training", {}, progress)
+        if name in to_train(run.recipe):
+            Writer(
+                Recorder(run, name, trained=False), folder, how
+            )  # refuses before a training what it would after
         return Writer(Recorder(run, name), folder, how).run(progress)
 
 

@@ -66,7 +66,7 @@ def write(work: Work, table: Table, verdicts: Mapping[str, str], found: Differen
     page.section(
         "Search: as many trials for every arm, on the validation split alone and with a seed of their own",
         (
-            {"arm": arm, "trials": len(s["trials"]), best: s["val"], "values": s["values"] or "as it was"}
+            {"arm": arm, **_trials(s["trials"]), best: s["val"], "values": s["values"] or "as it was"}
             for arm, s in work.searches.items()
         ),
     )
@@ -115,6 +115,10 @@ def _setup(page: Page, work: Work, runs: Runs) -> None:
     page.section("Setup of the others, where it differs", others)
     if own or others:
         page.text(f"{SETUP} The arm none has no losses, and no router.")
+
+
+def _trials(trials: Table) -> dict[str, int]:
+    return {"trials": len(trials), "of them failed": sum(each["val"] is None for each in trials)}
 
 
 def _teacher(run: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from kdcore.comparison.runs import Job, run_arm
-from kdcore.errors import InputError, RunError
+from kdcore.errors import InputError, KDError, RunError
 from kdcore.recipe import schema
-from kdcore.source import override
+from kdcore.source import put
 from kdcore.tables import LossTable
 from kdcore.task import higher_is_better
 
@@ -44,8 +44,8 @@ def search(job: Job, spaces: Mapping[str, Space], trials: int, metric: str) -> d
     """The best of ``trials`` runs in ``job.folder`` (its ``values`` and ``val``), and all ``trials``.
 
     The first is the arm as it stands. A search that is taken up again asks for the same trials, because the
-    sampler is seeded, and runs those that are not done yet. A trial whose training fails (NaN, say) counts, and
-    wins nothing.
+    sampler is seeded, and runs those that are not done yet. A trial that fails (NaN, say, or two values that do not
+    go together) counts, and wins nothing. Raises where none is judged, or none but the first can be run at all.
     """
     import optuna
 
@@ -55,34 +55,38 @@ def search(job: Job, spaces: Mapping[str, Space], trials: int, metric: str) -> d
     engine = optuna.create_study(direction="maximize" if upward else "minimize", sampler=sampler)
     space = {key: _distribution(room) for key, room in spaces[job.arm].items()}
     done: list[dict[str, Any]] = []
+    failures: list[KDError] = []
     for number in range(trials):
         trial = engine.ask(space) if number else None
         values = dict(trial.params) if trial else {}
         tree, folder = changed(job.tree, values), job.folder / f"trial-{number}"
-        value = _value(replace(job, tree=tree, folder=folder), metric)
+        value = _value(replace(job, tree=tree, folder=folder), metric, failures)
         done.append({"values": values, "val": value})
         if trial:
             engine.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
     judged = [each for each in done if each["val"] is not None]
-    if not judged:
-        raise RunError("every trial failed")
+    if not judged or sum(isinstance(each, InputError) for each in failures) == trials - 1 > 0:
+        raise RunError(f"every trial failed: {failures[-1]}")
     return {**(max if upward else min)(judged, key=lambda each: each["val"]), "trials": done}
 
 
-def _value(job: Job, metric: str) -> float | None:
-    """What a trial is judged by: its test split is val, behind ``without_test``."""
+def _value(job: Job, metric: str, failures: list[KDError]) -> float | None:
+    """What a trial is judged by: its test split is val, behind ``without_test``. None where it failed."""
     try:
         value = float(run_arm(job)["test"][metric])
-    except RunError:
+        if math.isfinite(value):
+            return value
+        raise RunError(f"{metric} is {value}")
+    except (RunError, InputError) as error:
+        failures.append(error)
         return None
-    return value if math.isfinite(value) else None
 
 
 def changed(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with the searched values in place."""
     out = copy.deepcopy(dict(tree))
     for key, value in values.items():
-        override(out, f"{key}={value}")
+        put(out, key, value)
     return out
 
 

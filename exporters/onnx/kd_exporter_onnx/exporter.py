@@ -22,7 +22,7 @@ class OnnxExporter:
         precision: fp32; fp16 and int8 are converted from a verified fp32 graph.
         provider: where it will serve; absent here, the artefact ships as verified on the CPU only.
         opset: of the standard ONNX operators.
-        max_drop: how much worse the metric may be as served than in training, in the metric's own unit.
+        max_drop: how much worse the metric may be as served than in torch, in the metric's own unit.
         tolerance: largest difference of an output as a share of its scale; default 1e-4 (fp32), 1e-2 (fp16).
         int8: how to quantise; auto is static for convolutional students and dynamic for transformers.
         allow_operators: operators outside ONNX that the serving runtime has, as `domain::Operator`.

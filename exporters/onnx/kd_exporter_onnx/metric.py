@@ -28,7 +28,7 @@ class MetricDrop(BaseModel):
 
 
 def gate_metric(spec: ExportSpec, cases: Cases, max_drop: float) -> MetricDrop | None:
-    """What is served is at most `max_drop` (in the metric's own unit) worse than in training."""
+    """What is served is at most `max_drop` (in the metric's own unit) worse than in torch."""
     if spec.metric is None:
         return None
     wanted = spec.reference_metric
@@ -38,7 +38,7 @@ def gate_metric(spec: ExportSpec, cases: Cases, max_drop: float) -> MetricDrop |
     drop = wanted - served if spec.higher_is_better else served - wanted
     found = MetricDrop(name=spec.metric_name, reference=wanted, served=served, drop=drop, allowed=max_drop)
     if not drop <= max_drop:  # a NaN is refused too
-        reason = f"{spec.metric_name} is {served:.4g} as served and {wanted:.4g} in training"
+        reason = f"{spec.metric_name} is {served:.4g} as served and {wanted:.4g} in torch"
         raise Refused("metric", reason, distance=drop, allowed=max_drop)
     return found
 

@@ -44,7 +44,7 @@ class Parity(BaseModel):
             )
         if m := self.metric:
             lines.append(
-                f"{m.name}: {m.served:.4g} as served, {m.reference:.4g} in training; "
+                f"{m.name}: {m.served:.4g} as served, {m.reference:.4g} in torch; "
                 f"at most {m.allowed:g} lost is allowed."
             )
         lines += [f"Not verified on {name}: {why}" for name, why in self.not_verified.items()]

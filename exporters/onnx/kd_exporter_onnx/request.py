@@ -1,5 +1,6 @@
 """From a kdcore run: the request that the core makes of a student, as this exporter's ExportSpec."""
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ class RecipeExporter(OnnxExporter):
             raise InputError("export", str(error)) from error
         except Refused as error:
             raise KDError(str(error)) from error
+        for provider, why in report.parity.not_verified.items():
+            todo = f"on the serving machine run: kd-verify {report.folder} --provider {provider}"
+            print(f"warning: not verified on {provider} ({why}); {todo}", file=sys.stderr)
         return {
             "digest": report.digest,
             "verified on": ", ".join(report.artefact.verified),
