@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from kdcore import folder as folders
 from kdcore import parallel, running
 from kdcore import recipe as recipes
 from kdcore.building import Builder
-from kdcore.errors import InputError
+from kdcore.errors import Interrupted, RunError
 from kdcore.progress import Progress
 from kdcore.signals import graceful
 from kdcore.source import LOCK
@@ -50,7 +50,10 @@ def _opened(
     with recipes.located(source), folders.beside(source):
         if plugins_only:
             recipes.refuse_code(source.tree)
-        yield source, recipe
+        try:
+            yield source, recipe
+        except SystemExit as error:  # would end the process as if all were done
+            raise RunError(f"code that the recipe names called sys.exit({error.code!r})") from error
 
 
 def check(where: RecipeLike, overrides: Iterable[str] = (), *, plugins_only: bool = False) -> Recipe:
@@ -79,17 +82,17 @@ def run(
     with _opened(where, overrides, seed, plugins_only) as (source, recipe), parallel.group():
         default = Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         folder = (Path(out) if out else default).absolute()
+        progress = Progress(quiet or bool(parallel.rank()))
         if not (resume and os.path.exists(folder / LOCK)):
             running.check(recipe)
-        made = not parallel.rank() and folders.open_folder(folder, source, resume, force)
-        parallel.barrier()
-        try:
-            progress = Progress(quiet or bool(parallel.rank()))
-            return Result(folder, running.run(recipe, folder, progress, force))
-        except InputError:
-            if made:
-                folders.discard(folder)
-            raise
+            if resume:
+                progress.say(f"nothing to resume in {folder}: starting")
+        with nullcontext() if parallel.rank() else folders.opened(folder, source, resume, force):
+            parallel.barrier()
+            try:
+                return Result(folder, running.run(recipe, folder, progress, force))
+            except Interrupted as stop:
+                raise Interrupted(f"{stop}\n  hint    kd resume {folder}") from None
 
 
 def build(kind: str, name: str, **params: Any) -> Any:

@@ -54,9 +54,13 @@ def replacing(path: Path, *also: type[Exception]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with replacing(path) as draft:
-        draft.write_text(json.dumps(value, indent=2, default=str) + "\n", "utf-8")
+        draft.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = {}) -> None:

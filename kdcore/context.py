@@ -76,7 +76,7 @@ class RunContext:
         first, count = self.positions.get(name, 0), self.source.batch_sizes[name]
         self.positions[name] = first + count
         keys = shard(self.order.cycled(name, first, count), parallel.rank(), parallel.world())
-        return Keyed({name: self.source.streams[name]}, self.seed).__getitems__(keys).to(self.device)
+        return Keyed({name: self.source.streams[name]}, self.seed).batch(keys).to(self.device)
 
     def ask(self, name: str, batch: Batch, grad: bool = False, replace: Replace | None = None) -> Outputs:
         """What the student (``"student"``) or a teacher says of any batch; taps belong to this call.

@@ -6,15 +6,16 @@ What is random in a sample is a pure function of (seed, epoch, stream, id); ``kd
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcore.datasets import TensorSet
-from kdcore.errors import InputError, blame
+from kdcore.errors import InputError, KDError, RunError, blame, cause
 from kdcore.order import Key, Order, StepSampler, key_seed, shard
 from kdcore.signature import import_string, schema_of
 from kdcore.tables import DataTable
@@ -25,18 +26,41 @@ SPLITS = ("train", "tune", "val", "test")
 
 
 def batch_of(data: Any, keys: Sequence[Key], seed: int | None = None) -> Batch:
-    """Samples of a data set, each with its id (the index, where it has none); augmented where a seed is given."""
-    indices = [key.index for key in keys]
+    """Samples of a data set, each with its id (the index, where it has none); augmented where a seed is given.
+
+    Raises RunError where the data set raises, with the samples that it was asked for.
+    """
     augment = None if seed is None else getattr(data, "augment", None)
     if hasattr(data, "batch") and augment is None:
-        index = torch.tensor(indices)
-        return Batch({"id": index, **data.batch(index)})
-    items = [{"id": index, **data[index]} for index in indices]
-    if augment is not None:
-        for place, (key, item) in enumerate(zip(keys, items, strict=True)):
-            rng = np.random.default_rng(key_seed(seed, "sample", key.cycle, key.stream, int(item["id"])))
-            items[place] = augment(item, rng)
-    return Batch(data.collate(items)) if hasattr(data, "collate") else collate(items)
+        index = torch.tensor([key.index for key in keys])
+        with _reading(keys):
+            return Batch({"id": index, **data.batch(index)})
+    items = [_item(data, key, seed, augment) for key in keys]
+    with _reading(keys):
+        return Batch(data.collate(items)) if hasattr(data, "collate") else collate(items)
+
+
+def _item(data: Any, key: Key, seed: int | None, augment: Any) -> dict[str, Any]:
+    with _reading([key]):
+        item: dict[str, Any] = {"id": key.index, **data[key.index]}
+        if augment is not None:
+            parts = seed, "sample", key.cycle, key.stream, int(item["id"])
+            item = augment(item, np.random.default_rng(key_seed(*parts)))
+        return item
+
+
+@contextmanager
+def _reading(keys: Sequence[Key]) -> Iterator[None]:
+    try:
+        yield
+    except KDError:
+        raise
+    except (Exception, SystemExit) as error:
+        numbers = ", ".join(str(key.index) for key in keys[:8]) + (", ..." if len(keys) > 8 else "")
+        stream = "train" if keys[0].stream == "main" else keys[0].stream
+        hint = "mend the data, then kd resume goes on from the last state; --debug shows where"
+        said = f"{'samples' if len(keys) > 1 else 'sample'} {numbers} of {stream!r}: {cause(error)}"
+        raise RunError(f"{said}\n  hint    {hint}") from error
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
@@ -59,7 +83,16 @@ class Keyed(Dataset[Any]):
     def __init__(self, streams: Mapping[str, Any], seed: int) -> None:
         self.streams, self.seed = dict(streams), seed
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | RunError:
+        """A batch; in a worker process what it fails with, which torch would raise as a traceback in words."""
+        try:
+            return self.batch(keys)
+        except RunError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
         chosen = {name: [key for key in keys if key.stream == name] for name in self.streams}
         parts = {n: batch_of(self.streams[n], mine, self.seed) for n, mine in chosen.items() if mine}
         return Batch(parts=parts) if len(self.streams) > 1 else next(iter(parts.values()))
@@ -152,7 +185,10 @@ class Source:
         allowed = "items that are dicts of tensors, arrays, numbers or text, all with the same keys"
         problem, given = "its first items make no batch", self.table.source
         with blame("data.source", problem, given=given, allowed=allowed):
-            return Keyed(self.streams, self.seed).__getitems__(keys)
+            try:
+                return Keyed(self.streams, self.seed).batch(keys)
+            except RunError as error:  # nothing runs yet
+                raise KDError(str(error).partition("\n")[0]) from error
 
 
 def _first(name: str, data: Any, count: int, start: int = 0) -> list[Key]:

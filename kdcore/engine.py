@@ -17,7 +17,7 @@ from torch import nn
 
 from kdcore import memory, parallel
 from kdcore.engine_hooks import Fit, MetricsHook, StateHook
-from kdcore.errors import InputError
+from kdcore.errors import InputError, RunError
 from kdcore.optimizers import optimizer_of, own_optimizers, trainable
 from kdcore.order import StepSampler
 from kdcore.tables import TrainTable
@@ -36,7 +36,6 @@ def fit(job: Fit) -> dict[str, Any]:
     runner, distiller = make_runner(job), job.distiller
     frozen = {name: teacher for name, teacher in distiller.teachers.items() if not teacher.saved}
     memory.reset_peak()
-    began = time.perf_counter()
     distiller.guards.remember(frozen)
     try:
         with job.progress.task(job.title, job.run.total_steps):
@@ -51,7 +50,7 @@ def fit(job: Fit) -> dict[str, Any]:
         sharding.restored(distiller.student)
     return {
         "steps": job.run.step,
-        "seconds": time.perf_counter() - began,
+        "seconds": runner.keeper.seconds,
         "peak_memory": memory.peak(),
         "metrics": runner.keeper.latest,
         "guards": distiller.guards.as_dict(),
@@ -152,6 +151,8 @@ class _StepLoop(EpochBasedTrainLoop):
             run.reseed("epoch", self._epoch)
             distiller.events.on_epoch(epoch=self._epoch)
         for batch in loader if steps else ():
+            if isinstance(batch, RunError):  # a worker process hands on what it failed with
+                raise batch
             self.run_iter(self._iter - first, batch)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1

@@ -117,6 +117,7 @@ class StateHook(Hook):
     def __init__(self, job: Fit) -> None:
         self.job = job
         self.last_saved = time.monotonic()
+        self.began = time.perf_counter()  # of all legs of the training: a resume puts it back
         self.latest: dict[str, float] = {}
         self.best: dict[str, Any] = {}
 
@@ -132,6 +133,11 @@ class StateHook(Hook):
             total = self.job.run.total_steps
             raise Interrupted(f"stopped by {stop} at step {step} of {total}; the state is saved")
 
+    @property
+    def seconds(self) -> float:
+        """How long it has been trained, over all its legs; what a killed one did after its last state does not count."""
+        return time.perf_counter() - self.began
+
     def save(self, runner: Runner) -> None:
         """Write step-N.state beside the older ones, then drop all but the newest few."""
         self.last_saved = time.monotonic()
@@ -144,6 +150,7 @@ class StateHook(Hook):
             "epoch": runner.epoch,
             "guards": job.distiller.guards.as_dict(),
             "metrics_bytes": job.metrics_file.stat().st_size if job.metrics_file.exists() else 0,
+            "seconds": self.seconds,
             "latest": self.latest,
             "best": self.best,
         }
@@ -161,6 +168,11 @@ class StateHook(Hook):
         if state:
             with blame(str(path), "this state does not fit the recipe", hint="name another --out"):
                 self._put_back(runner, state)  # forced, or written by something else: it may be any
+            if job.run.step > job.run.total_steps:
+                problem = (
+                    f"this state is at step {job.run.step}, and the recipe ends at {job.run.total_steps}"
+                )
+                raise InputError(str(path), problem, hint="train longer, or name another --out")
             job.progress.say(f"resumed at step {job.run.step} of {job.run.total_steps}")
         if not parallel.rank():
             self._clean_up(state.get("metrics_bytes", 0))
@@ -185,6 +197,7 @@ class StateHook(Hook):
             each.load_state_dict(state[name])
         job.distiller.guards.load(state["guards"])
         self.latest, self.best = state["latest"], state["best"]
+        self.began -= state.get("seconds", 0.0)
         runner.train_loop._epoch, runner.train_loop._iter = state["epoch"], job.run.step
 
     def judge(self, metrics: dict[str, float]) -> None:

@@ -66,7 +66,7 @@ def blame(place: str, problem: str, **said: Any) -> Iterator[None]:
         yield
     except (InputError, RunError, Interrupted):
         raise
-    except Exception as error:  # a model, a loss, a data set may raise anything
+    except (Exception, SystemExit) as error:  # a model, a loss, a data set may raise anything
         words = str(error) if isinstance(error, KDError) else cause(error)
         raise InputError(place, f"{problem}: {words}", **said) from error
 

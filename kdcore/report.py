@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from kdcore.checkpoint import replacing
+from kdcore.checkpoint import replacing, write_text
 from kdcore.tables import Recipe
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ class Page:
             f"<style>{STYLE}</style><body>{body}</body></html>\n"
         )
         for name, text in (("report.md", self.markdown), ("report.html", page)):
-            with replacing(self.folder / name) as draft:
-                draft.write_text(text, "utf-8")
+            write_text(self.folder / name, text)
 
     def _address(self, path: Path) -> str:
         return quote(path.relative_to(self.folder).as_posix())

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kdcore import building, optimizers, parallel, plugins, recipe
-from kdcore.checkpoint import replacing, write_json
-from kdcore.folder import placed, portable
+from kdcore.checkpoint import replacing, write_json, write_text
+from kdcore.folder import IDENTITY, placed, portable, same_recipe
 from kdcore.progress import Progress
 from kdcore.signals import graceful
 from kdcore.stages import StageRun, device_of
@@ -37,7 +37,8 @@ def stages(whole: Recipe) -> Iterator[StageOf]:
     """The stages of a recipe in their order."""
     for index, table in enumerate(whole.stage or [STANDARD]):
         place = f"stage.{index}"
-        yield StageOf(place, recipe.stage_name(table, index), table, recipe.parse_stage(whole, table, place))
+        view = recipe.parse_stage(whole, table, place).model_copy(update={"stage": [table]})
+        yield StageOf(place, recipe.stage_name(table, index), table, view)
 
 
 def check(whole: Recipe) -> None:
@@ -87,12 +88,14 @@ def run(whole: Recipe, folder: Path, progress: Progress, force: bool = False) ->
 
 def _left(stage: StageOf, given: StageRun, folder: Path) -> dict[str, Any]:
     """The artefacts of a stage: what it noted when it was done before, else it runs."""
-    note = given.folder / "artefacts.json"
+    note, identity = given.folder / "artefacts.json", given.identity()
     if note.exists():
+        same_recipe(given.folder, identity)
         return dict(placed(json.loads(note.read_text("utf-8")), folder))
     parallel.make_folder(given.folder)
     found = dict(given.builder().make("stage", stage.table.use, stage.table.params, stage.place).run(given))
     if not parallel.rank():
+        write_text(given.folder / IDENTITY, identity)
         write_json(note, portable(found, folder))
     return found
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from kdcore import building, parallel
-from kdcore.checkpoint import load_tensors, save_tensors, write_json
+from kdcore.checkpoint import load_tensors, save_tensors, write_json, write_text
 from kdcore.context import RunContext
 from kdcore.data import Source
 from kdcore.distill import Distiller
 from kdcore.errors import InputError
+from kdcore.folder import IDENTITY, same_recipe
 from kdcore.kinds import Stage, Teacher
 from kdcore.parts import Parts
 from kdcore.preparing import prepare
@@ -101,7 +102,9 @@ class StageRun:
 
         table, folder, student = train or self.recipe.train, self.folder / name, parts.student
         done, weights = folder / "result.json", folder / "weights.safetensors"
+        identity = self.identity(name, parts, train)
         if done.exists():
+            same_recipe(folder, identity)
             student.load_state_dict(load_tensors(weights, name))
             student.to(self.device)
             return dict(json.loads(done.read_text("utf-8")))
@@ -118,7 +121,7 @@ class StageRun:
             table,
             folder,
             evaluate=partial(self.evaluate, student, parts.task, "val", parts.views.get("student")),
-            identity=self.identity(name),
+            identity=identity,
             force=self.force,
             title=f"{self.name}/{name}",
             progress=self.progress,
@@ -127,14 +130,21 @@ class StageRun:
         result["curves"] = str((folder / "metrics.jsonl").relative_to(self.folder))
         if not parallel.rank():
             save_tensors(weights, student.state_dict())
+            write_text(folder / IDENTITY, identity)
             write_json(done, result)
         parallel.barrier()
         return result
 
-    def identity(self, name: str) -> str:
-        """A digest of everything that decides the bits of a fit; a state of another digest is refused."""
+    def identity(self, name: str = "", parts: Parts | None = None, train: TrainTable | None = None) -> str:
+        """A digest of what decides the bits of a fit, or of the whole stage; what another one left is refused."""
         tree = self.recipe.model_dump(exclude={"report", "export", "name", "description", "probe"})
-        tree["train"].pop("checkpoint_every", None)
+        tree["train"] = (train or self.recipe.train).model_dump(exclude={"checkpoint_every"})
+        if (
+            parts is not None and parts.student.place and len(parts.components()) == 1
+        ):  # nothing else reaches it
+            kind, _, model = parts.student.place.partition(".")
+            tree = {key: tree[key] for key in ("seed", "data", "task", "train", kind)}
+            tree[kind] = {**tree[kind][model], "train": None} if model else tree[kind]
         here = next((f"{p.parent}/" for p in self.folder.parents if p.name == "stages"), None)
         text = repr((name, self.name, self.seed_offset, tree))  # the run folder may have moved
         return hashlib.sha256((text.replace(here, "") if here else text).encode()).hexdigest()
@@ -198,6 +208,7 @@ def train_teacher(run: StageRun, name: str) -> tuple[Teacher, dict[str, Any]]:
     teacher = building.make_teacher(run.recipe, name, run.builder())
     trainee = teacher.trainee()
     assert trainee is not None  # make_teacher saw to it
+    trainee.place = teacher.place
     parts = building.alone(run.recipe, run.source, trainee, run.recipe.teacher[name].view)
     result = run.fit(parts, f"teacher-{name}", teacher_train(run.recipe, name))
     path = run.folder / f"teacher-{name}" / "teacher.safetensors"

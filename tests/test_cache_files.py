@@ -309,7 +309,7 @@ def test_a_second_writer_is_refused_and_the_lock_goes_with_its_process(many: Tre
         try:
             assert first.stdout is not None
             assert first.stdout.readline() == "here\n"
-            with pytest.raises(InputError, match="another kd cache is at work here"):
+            with pytest.raises(InputError, match="another run is at work here"):
                 kdcore.cache(many, out=tmp_path / "cache")
         finally:
             first.kill()

@@ -130,7 +130,7 @@ def _hash(path: Path, folder: Path) -> str:
         from kdcore.checkpoint import load_state
         from kdcore.guards import digest
 
-        return digest(load_state(path))
+        return digest(_timeless(load_state(path)))
     if path.suffix == ".json":
         tree = _timeless(json.loads(path.read_text("utf-8")))
         return _text(json.dumps(tree, sort_keys=True).replace(str(folder), "RUN"))

@@ -123,7 +123,7 @@ class Recorder:
             run.order.begin_epoch(run.epoch)
             run.reseed("step", step, shared=False)
             keys = run.order.keys(step)
-            batch = Keyed(self.source.streams, self.source.seed).__getitems__(keys).to(run.device)
+            batch = Keyed(self.source.streams, self.source.seed).batch(keys).to(run.device)
         seen = [batch.copy()] if dry else []
         for augmentation in self.parts.augmentations.values():
             batch = augmentation(batch)

@@ -6,7 +6,6 @@ that is there is whole; killed and run again, the same shards come out, and thos
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from kdcore.caching.recorder import Part, Recorder, Said
 from kdcore.caching.shards import Columns, Shard
 from kdcore.caching.shards import write as write_shard
 from kdcore.errors import InputError, RunError
-from kdcore.folder import difference, discard
+from kdcore.folder import difference, discard, locked
 from kdcore.progress import Progress
 from kdcore.running import stages, versions
 from kdcore.stages import StageRun
@@ -146,25 +145,16 @@ def write(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """The folder, which holds a cache or nothing, for this process alone: the lock goes with the process."""
-    import fcntl  # POSIX alone has it, and a cache is read without
-
+    """The folder, which holds a cache or nothing, for this process alone."""
     known, place = (SHARD.partition("{")[0], headers.FILE, HEAD, "training", "."), str(folder)
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.callback(os.close, lock := os.open(folder, os.O_RDONLY))
+            stack.enter_context(locked(folder))
             other = [path.name for path in folder.iterdir() if not path.name.startswith(known)]
-        except OSError as error:
-            raise InputError(place, f"cannot be used: {error.strerror}") from None
+        except (OSError, RunError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", None) or error
+            raise InputError(place, f"cannot be used: {reason}") from None
         if other:
             raise InputError(place, "not empty, and no cache", given=other[:3], hint="name another --out")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            hint = "wait for it, or name another --out"
-            raise InputError(place, "another kd cache is at work here", hint=hint) from None
-        except OSError:  # a file system without locks
-            pass
         stack.callback(discard, folder)  # where nothing was made
         yield

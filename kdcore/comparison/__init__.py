@@ -93,7 +93,8 @@ def compare(
     try:
         work.run(tune, rooms)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}\nthe same command with --out {folder} goes on") from None
+        said = str(stop).partition("\n")[0]  # how to go on with one run of it is no way to go on here
+        raise Interrupted(f"{said}\nthe same command with --out {folder} goes on") from None
     finally:
         torch.set_num_threads(threads)
     return work.report(detect)

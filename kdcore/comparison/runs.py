@@ -19,7 +19,7 @@ from kdcore.building import to_train
 from kdcore.checkpoint import replacing
 from kdcore.data import load
 from kdcore.errors import RunError
-from kdcore.folder import open_folder
+from kdcore.folder import opened
 from kdcore.report import collapsed, read_metrics
 from kdcore.running import stages
 from kdcore.signals import graceful
@@ -76,8 +76,8 @@ def run_arm(job: Job) -> dict[str, Any]:
     """The run of one arm and seed, or what a finished one left: see ``outcome``."""
     job.arrive()
     source = recipes.Source(job.tree, str(Path(job.home) / "recipe.toml"))  # where its modules are found
-    open_folder(job.folder, source, resume=True, force=False)
-    _place_teachers(job)
+    with opened(job.folder, source, resume=True, force=False):
+        _place_teachers(job)
     api.run(job.folder / LOCK, out=job.folder, resume=True)
     return outcome(job.folder)
 

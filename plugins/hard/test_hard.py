@@ -308,7 +308,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path, crashing:
     one, two = (dict(_leaves(each[1])) for each in last if each)
     assert any("optimizers" in name for name in one)
     assert one.keys() == two.keys()
-    assert [name for name in one if not _equal(one[name], two[name])] == []
+    assert [n for n in one if n != "/seconds" and not _equal(one[n], two[n])] == []
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
