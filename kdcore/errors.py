@@ -41,7 +41,7 @@ class InputError(KDError):
             hint = nearest(given, names)
         self.place, self.problem, self.hint, self.source = place, problem, hint, ""
         self.given = None if given is _ABSENT else _shown(given)
-        self.allowed = allowed if isinstance(allowed, str) else _listed(names)
+        self.allowed = allowed if isinstance(allowed, str) else _listed(names, given)
         super().__init__(problem)
 
     def under(self, place: str) -> InputError:
@@ -50,9 +50,9 @@ class InputError(KDError):
         return self
 
     def __str__(self) -> str:
-        place, problem = _fit(self.place, 200), _fit(self.problem, 1500)
+        place, problem = fit(self.place, 200), fit(self.problem, 1500)
         rows = {"in": self.source, "given": self.given, "allowed": self.allowed, "hint": self.hint}
-        shown = [f"  {label:<8}{_fit(text, 1000)}" for label, text in rows.items() if text]
+        shown = [f"  {label:<8}{fit(text, 1000)}" for label, text in rows.items() if text]
         return "\n".join([f"{place}: {problem}" if place else problem, *shown])
 
 
@@ -81,12 +81,12 @@ class Interrupted(KDError):  # noqa: N818 - a run that saved its state and left 
     exit_code = 3
 
 
-def nearest(word: object, choices: Iterable[object]) -> str | None:
+def nearest(word: object, choices: Iterable[object], cutoff: float = 0.6) -> str | None:
     """``"did you mean 'x'?"``: the choices that ``word`` is a dotted part of, or the one spelt most like it, or None."""
     text, names = str(word).lower(), {str(choice).lower(): str(choice) for choice in choices}
     found = sorted(name for name in names if "." in name and text in name.split("."))[:6]
     if not found and len(text) <= 100:
-        found = difflib.get_close_matches(text, names, n=1, cutoff=0.6)
+        found = difflib.get_close_matches(text, names, n=1, cutoff=cutoff)
     return f"did you mean {' or '.join(repr(names[name]) for name in found)}?" if found else None
 
 
@@ -96,21 +96,26 @@ def cause(error: BaseException, limit: int = 300) -> str:
         text = str(error)
     except Exception:
         text = ""
-    return f"{type(error).__name__}: {_fit(text, limit)}".removesuffix(": ")
+    return f"{type(error).__name__}: {fit(text, limit)}".removesuffix(": ")
 
 
-def _listed(names: list[Any], most: int = 50) -> str:
-    return ", ".join([*map(str, names[:most]), *(["..."] if len(names) > most else [])])
+def _listed(names: list[Any], given: object, most: int = 12) -> str:
+    """All of a few names; of many those that are spelt most like what was given."""
+    shown = [str(name) for name in names]
+    if len(shown) <= most:
+        return ", ".join(shown)
+    near = difflib.get_close_matches(str(given)[:100], shown, most, 0.3) if isinstance(given, str) else []
+    return f"{', '.join(near or shown[:most])}, ... ({len(shown)} in all)"
 
 
 def _shown(value: Any) -> str:
     try:
-        return _fit(repr(value), 200)
+        return fit(repr(value), 200)
     except Exception:  # a value that cannot show itself, or nested too deeply
         return f"<{type(value).__name__}>"
 
 
-def _fit(text: object, width: int) -> str:
+def fit(text: object, width: int) -> str:
     """On one line, at most so wide, and nothing in it that a terminal would obey."""
     line = " ".join(str(text).split())
     clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:width])

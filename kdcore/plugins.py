@@ -91,7 +91,8 @@ class Registry:
             problem = f"{kind} {name!r} is offered by {len(found)} plugins"
             raise InputError(place, problem, given=name, allowed=full)
         self.refuse(bare.partition(".")[0], f"{kind} {name!r}", place)
-        problem, hint = f"unknown {kind} {name!r}", nearest(name, [*offered, *catalog.methods()])
+        problem = f"unknown {kind} {name!r}"
+        hint = nearest(name, [*offered, *catalog.methods()]) or f"kd list --kind {kind}"
         if kinds := [each for each, names in self.offers.items() if bare in names]:
             problem, hint = f"{name!r} is of kind {' or '.join(kinds)}, not {kind}", f"kd show {name}"
         raise InputError(place, problem, given=name, allowed=sorted(offered), hint=hint)

@@ -135,7 +135,9 @@ def _near(error: BaseException) -> str | None:
         return None
     parent, dot, _ = (error.name or "").rpartition(".")
     folders = getattr(sys.modules.get(parent), "__path__", []) if parent else None
-    return nearest(error.name, [module.name for module in pkgutil.iter_modules(folders, parent + dot)])
+    found = [module.name for module in pkgutil.iter_modules(folders, parent + dot)]
+    near = nearest(error.name, found, cutoff=0.8)  # a short name is like one of hundreds by chance
+    return near or "it must be installed, or lie beside the recipe"
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -19,6 +19,7 @@ from kdcore.hookspecs import GROUP
 
 MAX_BYTES = 1_000_000
 MAX_READ = 10_000_000  # characters, read again and again to find a line; in a longer file none is looked up
+TOML = 'KEY = VALUE, text in "quotes", true or false, [table]'
 LOCK = "recipe.lock.toml"  # a run folder's copy of its recipe; its first line says where the recipe stood
 MADE_FROM = "# made from a recipe in "
 
@@ -52,8 +53,9 @@ def read(where: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
         title = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-_.")[:80]
         named = tree if path.name == LOCK else {"name": title or "run", **tree}  # a lock is whole
         source = Source(named, str(path), text, given)
-    for each in given:
-        override(source.tree, each)
+    with located(source):
+        for each in given:
+            override(source.tree, each)
     return source
 
 
@@ -108,7 +110,9 @@ def _key(node: Any, step: str, path: str) -> Any:
         return step
     indices = [str(index) for index in range(len(node))] if isinstance(node, list) else []
     if step not in indices:
-        raise InputError(path, f"there is no {step} here", given=node, allowed=indices or "nothing")
+        hint = "an array is made longer by giving it whole: KEY=[...]" if isinstance(node, list) else None
+        problem = f"there is no {step} here"
+        raise InputError(path, problem, given=node, allowed=indices or "nothing", hint=hint)
     return int(step)
 
 
@@ -153,11 +157,12 @@ def _refuse(where: str, slug: str) -> NoReturn:
 
 def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
     """A file's text and tree."""
-    with blame(str(path), "cannot be read as TOML"), path.open("rb") as file:
+    with blame(str(path), "cannot be read"), path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise InputError(str(path), "too large for a recipe", allowed=f"at most {MAX_BYTES} bytes")
         text = raw.decode("utf-8-sig")
+    with blame(str(path), "cannot be read as TOML", hint=TOML):
         return text, tomllib.loads(text)
 
 

@@ -9,8 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # names become files, folders and modules: nothing that leaves the run folder or that a module's name forbids
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
-Title = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+_NAME, _TITLE = r"^[A-Za-z0-9][A-Za-z0-9_-]*$", r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=_NAME, max_length=80)]
+Title = Annotated[str, Field(pattern=_TITLE, max_length=80)]
+FORMS = {
+    _NAME: "a letter or digit, then letters, digits, _ and -",
+    _TITLE: "a letter or digit, then letters, digits, _, - and .",
+}
 
 
 class Table(BaseModel):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kdcore.errors import InputError, nearest
-from kdcore.tables import Table
+from kdcore.tables import FORMS, Table
 
 M = TypeVar("M", bound=Table)
 # how pydantic's type of error begins -> what is wrong; what is allowed stands behind "Input should be"
@@ -70,6 +70,10 @@ def _translated(row: Any, model: type[Table], given: Any) -> InputError:
         names = _names_at(model, steps[:-1])
         problem, hint = f"unknown {model.noun} of {title}", nearest(steps[-1], names)
         return InputError(place, problem, given=value, allowed=names or "none", hint=hint)
+    if row["type"] == "string_pattern_mismatch":
+        pattern = row["ctx"]["pattern"]
+        allowed = FORMS.get(pattern, f"text that matches {pattern}")
+        return InputError(place, "not of this form", given=value, allowed=allowed)
     message = str(row["msg"]).removeprefix("Value error, ").partition(", unable")[0]
     message = message.replace("an object", "a table")  # as TOML calls it
     _, should, allowed = message.rpartition("Input should be ")

@@ -163,6 +163,38 @@ def test_a_catalogued_plugin_in_quarantine_is_not_called_absent(
     assert "on purpose" in said.out + said.err, (code, said.out)
 
 
+def test_what_a_plugin_says_of_itself_stays_on_its_line(
+    install: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "from kdcore import Component, hookimpl\n@hookimpl\ndef kd_losses():\n"
+    install(
+        "rude", f"{code}    yield Component('rude', 'kdcore.losses:kd_loss', 'a\\n\\x1b[2J' + 'long ' * 99)"
+    )
+    for command in (["list"], ["show", "rude"]):
+        assert kd(*command) == 0
+        said = capsys.readouterr().out
+        assert "a \\x1b[2Jlong long" in said
+        assert "\x1b" not in said
+        assert command == ["show", "rude"] or max(map(len, said.splitlines())) < 200
+
+
+def test_kinds_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kd("show", "pld", "--kind", "teacher") == 2
+    assert "'pld' is of kind loss, not teacher" in capsys.readouterr().err
+    assert kd("show", "classics", "--kind", "router") == 2
+    assert kd("show", "classics", "--kind", "loss") == 0
+    assert "classics.dkd" in capsys.readouterr().out
+
+
+def test_nothing_is_not_looked_for_and_unknown_commands_name_the_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert kd("search", " ") == 2
+    assert "kd list --all" in capsys.readouterr().err
+    assert kd("plugin", "zzz") == 2
+    assert "There are: new, check" in capsys.readouterr().err
+
+
 def test_show_names_a_parameters_type_bounds_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert kd("show", "taid") == 0
     said = capsys.readouterr().out

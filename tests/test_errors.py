@@ -85,10 +85,20 @@ def test_a_value_that_cannot_show_itself_is_named_by_its_type() -> None:
     assert "<list>" in str(InputError("x", "bad", given=deep))
 
 
+def test_of_many_allowed_names_those_nearest_to_what_was_given_are_shown() -> None:
+    names = [f"loss-{i}" for i in range(40)] + ["taid"]
+    assert InputError("use", "unknown", given="tiad", allowed=names).allowed.startswith("taid, ")
+    assert InputError("use", "unknown", given="zzz", allowed=names).allowed.endswith(
+        "loss-11, ... (41 in all)"
+    )
+    assert InputError("use", "unknown", given="zzz", allowed=names[:12]).allowed.endswith("loss-11")
+
+
 def test_nearest_finds_a_misspelling_and_nothing_where_nothing_is_near() -> None:
     assert nearest("temprature", ["weight", "temperature"]) == "did you mean 'temperature'?"
     assert nearest("zzz", ["weight", "temperature"]) is None
     assert nearest("a" * 1_000_000, ["a" * 999_999]) is None
+    assert nearest("mine", ["mmengine"], cutoff=0.8) is None
     assert nearest("sgd", ["Adagrad", "SGD"]) == "did you mean 'SGD'?"
     assert nearest(50, ["500", "weight"]) == "did you mean '500'?"
 

@@ -167,6 +167,21 @@ def test_override_errors_say_what_is_there() -> None:
     with pytest.raises(InputError) as caught:
         override({"loss": []}, "loss.0.use=kd")
     assert caught.value.allowed == "nothing"
+    with pytest.raises(InputError) as caught:
+        recipes.read({"loss": [{}]}, ["seed=1", "loss.1.use=kd"])
+    assert caught.value.source == "the override loss.1.use=kd"
+    assert caught.value.hint == "an array is made longer by giving it whole: KEY=[...]"
+
+
+def test_text_that_is_no_toml_says_what_toml_looks_like(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("name = yes", "utf-8")
+    with pytest.raises(InputError, match=r"cannot be read as TOML.*line 1, column 8") as caught:
+        recipes.read(tmp_path / "r.toml")
+    assert caught.value.hint == 'KEY = VALUE, text in "quotes", true or false, [table]'
+    (tmp_path / "r.toml").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="cannot be read: UnicodeDecodeError") as caught:
+        recipes.read(tmp_path / "r.toml")
+    assert caught.value.hint is None
 
 
 def test_a_mapping_that_was_given_is_never_changed(tiny: dict[str, Any]) -> None:
@@ -241,6 +256,12 @@ def test_names_that_become_folders_stay_inside(name: str, tiny: dict[str, Any]) 
     ):
         with pytest.raises(InputError):
             parse({**tiny, **change})
+
+
+def test_a_name_of_another_form_is_told_the_form_in_words(tiny: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="not of this form") as caught:
+        parse({**tiny, "name": "a b"})
+    assert caught.value.allowed == "a letter or digit, then letters, digits, _, - and ."
 
 
 def test_a_teacher_may_not_take_the_students_name(tiny: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, fit, nearest
 from kdcore.types import KINDS
 
 
@@ -21,7 +21,8 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in self.commands:
-            raise click.UsageError(f"no such command: {args[0]!r}. {nearest(args[0], self.commands) or ''}")
+            hint = nearest(args[0], self.commands) or f"There are: {', '.join(self.commands)}"
+            raise click.UsageError(f"no such command: {args[0]!r}. {hint}")
         return super().resolve_command(ctx, args)
 
 
@@ -46,6 +47,7 @@ def show_rows(keys: Sequence[str], rows: Sequence[tuple[str, ...]], as_json: boo
     if as_json:
         click.echo(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
         return
+    rows = [(*(fit(value, 100) for value in row[:-1]), fit(row[-1], 1000)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     for row in rows:
         click.echo("  ".join([*(v.ljust(w) for v, w in zip(row, widths, strict=False)), row[-1]]).rstrip())

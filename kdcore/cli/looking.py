@@ -10,7 +10,7 @@ import click
 
 from kdcore import catalog, plugins
 from kdcore.cli.common import JSON, KIND, show_rows
-from kdcore.errors import InputError, nearest
+from kdcore.errors import InputError, fit, nearest
 from kdcore.plugins import Entry
 from kdcore.types import KINDS, Component
 
@@ -47,7 +47,9 @@ def _catalogued(method: dict[str, Any]) -> tuple[str, str, str, str]:
 @click.argument("words", nargs=-1, required=True)
 def search(words: tuple[str, ...]) -> None:
     """Catalogued methods that contain all WORDS."""
-    rows = [_catalogued(method) for method in catalog.search(" ".join(words))]
+    if not (text := " ".join(words)).strip():
+        raise InputError("WORDS", "nothing to look for", hint="kd list --all shows everything")
+    rows = [_catalogued(method) for method in catalog.search(text)]
     show_rows((), rows)
     if not rows:
         click.echo("nothing found")
@@ -62,11 +64,15 @@ def show(name: str, kind: str | None) -> None:
 
     registry, rows = plugins.registry(), [*plugins.registry().components()]
     slug = name.rpartition(":")[2].partition(".")[0]
-    found = [each for each in rows if kind in (None, each[0]) and name in _names(each[1], each[2])]
-    parts = [(k, c.name, c.summary, e.distribution) for k, e, c in rows if c.name.startswith(f"{slug}.")]
+    here = [each for each in rows if kind in (None, each[0])]
+    parts = [(k, c.name, c.summary, e.distribution) for k, e, c in here if c.name.startswith(f"{slug}.")]
+    found = [each for each in here if name in _names(each[1], each[2])]
     faults = [f"in quarantine ({f.phase}): {f.error}\n" for f in registry.quarantine if f.entry.name == slug]
     installed, method = any(entry.name == slug for entry in registry.entries), catalog.method(slug)
-    if not found and not (name == slug if installed and not faults else method):
+    known = method is not None and not kind
+    if installed and not faults:
+        known = name == slug and bool(parts or not kind)
+    if not found and not known:
         if kind or faults or any(entry.name == slug for entry in registry.blocked):
             registry.find(kind or "loss", name, "name")  # says what the matter is
         hint = nearest(name, [component.name for _, _, component in rows] + list(catalog.methods()))
@@ -93,7 +99,9 @@ def _show_component(kind: str, entry: Entry, component: Component) -> None:
     from kdcore.recipe import schema as schema_of
 
     target, found = schema_of(kind, f"{entry.distribution}:{component.name}")
-    click.echo(f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {component.summary}\n")
+    click.echo(
+        f"{kind} {component.name}  ({entry.distribution} {entry.version})\n  {fit(component.summary, 1000)}\n"
+    )
     click.echo("".join(f"  {line}\n" for line in found.doc.splitlines()))
     for field in found.model.model_fields.values():
         click.echo(f"  {field.alias}: {_parameter(field)}")
