@@ -155,6 +155,7 @@ def test_encoders_stay_and_the_rest_learns(tmp_path: Path) -> None:
     shapes, axes = student.shapes({"image": torch.zeros(2, 20), "text": torch.zeros(2, 9, 20)})
     assert shapes == {"image": ("batch", 20), "text": ("batch", "candidates", 20)}
     assert axes["candidates"] == (1, 128)
+    assert student.shapes({"text": torch.zeros(2, 200, 20)})[1]["candidates"] == (1, 200)
 
 
 @pytest.mark.parametrize(

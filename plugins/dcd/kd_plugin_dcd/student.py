@@ -17,7 +17,7 @@ class LayerCopy(Student):
     ``start`` maps module paths of ``model`` to module paths of the teacher ``teacher``; each is copied once, before
     training (the authors' METER student: fusion layers 0, 3 and 5 of 6). Encoders that are to stay the teacher's
     are frozen by ``train`` of the recipe's table. ``inputs`` are batch keys; those named in ``candidates`` have a
-    free axis of candidates, up to ``most``, in an exported graph.
+    free axis of candidates in an exported graph, up to ``most`` or what the data have.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class LayerCopy(Student):
     def shapes(
         self, inputs: Mapping[str, Tensor]
     ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int, int]]]:
-        free = {name: ("batch", "candidates", *value.shape[2:]) for name, value in inputs.items()}
-        plain, axes = super().shapes(inputs)
-        chosen = {name: free[name] if name in self.candidates else plain[name] for name in inputs}
-        return chosen, {**axes, "candidates": (1, self.most)} if self.candidates else axes
+        shapes, axes = super().shapes(inputs)
+        listed = [name for name in inputs if name in self.candidates]
+        shapes |= {name: ("batch", "candidates", *inputs[name].shape[2:]) for name in listed}
+        most = max([self.most, *(inputs[name].shape[1] for name in listed)])
+        return shapes, {**axes, "candidates": (1, most)} if listed else axes
