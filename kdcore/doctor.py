@@ -21,9 +21,9 @@ VARIABLES = ("KD_PLUGINS", "KD_DISABLE_PLUGINS", "OMP_NUM_THREADS", "WORLD_SIZE"
 
 def report(echo: Callable[[str], object]) -> int:
     """Print versions, devices, plugins and problems; returns the number of problems."""
+    registry = plugins.registry()  # before torch, whose objects make a pause of the garbage collector long
     import torch
 
-    registry = plugins.registry()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     problems = [f"problem: {problem}" for problem in _problems(registry)]
     for line in (
