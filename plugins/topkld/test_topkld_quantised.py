@@ -278,7 +278,7 @@ def test_probes_measure_a_run(tmp_path: Path) -> None:
     found = run(tmp_path / "run", "probe=[{use='topkld.samples', count=40}, {use='topkld.bits'}]").results[
         "probes"
     ]
-    assert set(found["topkld.samples"]) == {"frechet_distance", "class_accuracy", "teacher_kl"}
+    assert set(found["topkld.samples"]) == {"frechet_distance", "class_accuracy", "kl_loss"}
     quantised = 2 * (3 + 1 + 4 + 4) * 64 * 64
     bits = found["topkld.bits"]
     assert bits["quantised"] == quantised

@@ -33,7 +33,7 @@ class Samples(Probe):
     """Of a class-conditional model of token rasters (``kd_plugin_topkld.tokens``): ``count`` samples, all classes alike.
 
     ``frechet_distance`` of their token vectors to those of the test split, ``class_accuracy``: how often a logistic
-    regression on the training split's tokens finds the class that was asked for; ``teacher_kl``: KL(p || q) a token, of
+    regression on the training split's tokens finds the class that was asked for; ``kl_loss``: KL(p || q) a token, of
     the test split. Each token is drawn from the ``k`` most probable.
     """
 
@@ -53,7 +53,7 @@ class Samples(Probe):
         if teacher is not None:
             batch = test.to(device)
             kl = forward_kl(student(batch)["logits"], teacher(batch)["logits"])
-            found["teacher_kl"] = kl.mean().item()
+            found["kl_loss"] = kl.mean().item()
         return found
 
 

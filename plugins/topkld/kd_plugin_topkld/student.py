@@ -37,7 +37,7 @@ class Quantised(Student):
     ) -> None:
         super().__init__()
         self.base, self.start = base, start
-        self.input_names = tuple(getattr(base, "input_names", ("input",)))
+        self.input_names = base.input_names
         self.names = self._chosen(layers, keep)
         for name in self.names:
             layer = base.model.get_submodule(name)
