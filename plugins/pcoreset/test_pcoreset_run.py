@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_each_round_begins_with_a_new_student(folder: Path) -> None:
     prints = [each["guards"]["fingerprint"]["student"] for each in (first, last)]
     assert prints[0] != prints[1]
     assert first["steps"] == last["steps"] == 12
+
+
+def test_a_run_that_stopped_between_rounds_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    stopped = shutil.copytree(folder, tmp_path / "run")
+    inside = stopped / "stages" / "rounds"
+    for path in (stopped / "results.json", inside / "artefacts.json", inside / "student.safetensors"):
+        path.unlink()
+    for path in (inside / "round-1", inside / "student"):
+        shutil.rmtree(path)
+    kdcore.run(RECIPE, out=stopped, resume=True)
+    assert bought(inside) == bought(folder / "stages" / "rounds")
+    one, two = (
+        load_tensors(path / "student.safetensors", "test") for path in (folder / "stages/rounds", inside)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_labels_that_are_not_paid_for_change_nothing(folder: Path, tmp_path: Path) -> None:
