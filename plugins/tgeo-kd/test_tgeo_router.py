@@ -17,7 +17,7 @@ from kd_plugin_tgeo_kd.router import TGeoKD
 from torch import Tensor
 
 import kdcore
-from kdcore import Batch, InputError
+from kdcore import Batch, InputError, Outputs
 from kdcore import recipe as recipes
 from kdcore.checkpoint import load_tensors
 from kdcore.shipping import load_student
@@ -241,20 +241,27 @@ def test_only_the_student_is_shipped(tmp_path: Path) -> None:
         (["data.tune=0.0"], "no tune split"),
         (["train.optimizer={use='SGD'}"], "names no lr"),
         (["teacher.second={use='module', model='kdcore.zoo:mlp', args={hidden=[8]}}"], "one teacher"),
-        (
-            [
-                "data.source=kdcore.testing.toys:data",
-                "data.args={form='dense'}",
-                "data.tune=0.0",
-                *IMAGES[2:],
-            ],
-            "label",
-        ),
     ],
 )
 def test_refusals_say_what_to_do(tmp_path: Path, overrides: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         run(tmp_path / "run", *overrides)
+
+
+@pytest.mark.parametrize(
+    "target", [None, torch.tensor([0, -100]), torch.zeros(2, 3), torch.zeros(2, 3).long()]
+)
+def test_every_sample_needs_a_label(target: Tensor | None) -> None:
+    said = Outputs(logits=torch.zeros(2, 3))
+    batch = Batch({"id": torch.arange(2)} | ({} if target is None else {"target": target}))
+    with pytest.raises(InputError, match="needs the label of every sample"):
+        TGeoKD().geometry(batch, said, said)
+
+
+def test_dense_logits_are_refused() -> None:
+    said, batch = Outputs(logits=torch.zeros(2, 3, 4, 4)), Batch({"target": torch.zeros(2).long()})
+    with pytest.raises(InputError, match="weighs samples of a classifier"):
+        TGeoKD().geometry(batch, said, said)
 
 
 # ---- the demonstration ------------------------------------------------------------------------------
