@@ -100,6 +100,9 @@ class DCD(Loss):
         y, z, target = _scores(student, teacher, batch, self.variant)
         return dcd_loss(y, z, target, alpha=self.alpha, weighing=self.weighing, variant=self.variant)
 
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, weighing={self.weighing}, variant={self.variant}"
+
 
 class WSL(Loss):
     """``wsl_loss`` on the candidates that the student sees; in the authors' file, and not used by their training."""
@@ -115,6 +118,9 @@ class WSL(Loss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         y, z, target = _scores(student, teacher, batch, self.variant)
         return wsl_loss(y, z, target, alpha=self.alpha, variant=self.variant)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, variant={self.variant}"
 
 
 def _scores(
