@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 from torch import optim
 
-from kdcore.recipe import components, schema, teacher_train
+from kdcore.recipe import components, is_artefact, schema, teacher_train
 from kdcore.report import cell
 from kdcore.signature import Schema, import_string, schema_of
 from kdcore.tables import Recipe, Table, TrainTable
@@ -67,9 +67,10 @@ def effective(kind: str, use: str, params: Mapping[str, Any]) -> Settings:
         if nested and isinstance(value, Mapping) and "use" in value:
             inner = effective(nested, value["use"], {k: v for k, v in value.items() if k != "use"})
             settings[key] = f"{value['use']} ({told(inner)})"
-    if "model" in params and "args" in found.params:
-        inner = _called(params["model"], settings.pop("args", {}))
-        settings["model"] = f"{_named(params['model'])}({told(inner)})"
+    model = params.get("model")
+    built = {"model", "args"} <= found.params.keys() and found.made("model") == "callable"
+    if built and model and not is_artefact(model):
+        settings["model"] = f"{_named(model)}({told(_called(model, settings.pop('args', {})))})"
     return {key: _named(value) for key, value in settings.items()}
 
 
@@ -82,8 +83,10 @@ def _called(function: Any, args: Mapping[str, Any]) -> Settings:
 def _with_defaults(found: Schema, given: Mapping[str, Any]) -> Settings:
     """The defaults, without what is off or empty, under what was given."""
     left = {name: p.default for name, p in found.params.items() if p.default is not inspect.Parameter.empty}
-    kept = {n: v for n, v in left.items() if v is not None and v is not False and v not in ("", [], {}, ())}
-    return {**kept, **given}
+    off = [
+        name for name, v in left.items() if v is None or v is False or (isinstance(v, Sized) and not len(v))
+    ]
+    return {**{name: value for name, value in left.items() if name not in off}, **given}
 
 
 def _training(train: TrainTable, recipe: Recipe) -> tuple[str, Settings]:
