@@ -115,6 +115,20 @@ class Part:
         return {"id": where, **self.whole[where]}
 
 
+class Batches:
+    """A data set in order, without augmentation, in batches of ``size``: from its start each time it is iterated."""
+
+    def __init__(self, data: Any, name: str, size: int) -> None:
+        self.data, self.name, self.size = data, name, size
+        self.starts = range(0, len(data), size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch_of(self.data, _first(self.name, self.data, self.size, start)) for start in self.starts)
+
+
 class Source:
     """A recipe's data, built and checked: streams for training, and the other splits."""
 
@@ -167,7 +181,7 @@ class Source:
         keyed, workers = Keyed(self.streams, self.seed), self.table.workers
         return DataLoader(keyed, batch_sampler=sampler, collate_fn=_same, num_workers=workers)
 
-    def loader(self, split: str) -> Iterator[Batch]:
+    def loader(self, split: str) -> Batches:
         """Batches of a split in order, without augmentation. ``train`` is the epoch's stream."""
         if split not in SPLITS:
             raise InputError("data", "no such split", given=split, allowed=SPLITS)
@@ -175,9 +189,7 @@ class Source:
         if data is None:
             hint = "set data.tune, for example 0.1"
             raise InputError("data.tune", "this recipe has no tune split", hint=hint)
-        size = self.table.eval_batch_size
-        starts = range(0, len(data), size)
-        return (batch_of(data, _first(split, data, size, start)) for start in starts)
+        return Batches(data, split, self.table.eval_batch_size)
 
     def sample(self, count: int = 4) -> Batch:
         """A small real batch of the first samples of every stream, for the dry run."""

@@ -44,6 +44,7 @@ class Guards:
     warnings: list[str] = field(default_factory=list)
     enabled: bool = True
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    _watched: Mapping[str, nn.Module] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
     def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Iterable[Outputs], step: int) -> None:
@@ -86,6 +87,7 @@ class Guards:
 
     def remember(self, teachers: Mapping[str, nn.Module]) -> None:
         """Note the frozen teachers' version counters: any in-place change of a weight or buffer moves them."""
+        self._watched = teachers
         self._versions = {name: _version(teacher) for name, teacher in teachers.items()}
 
     def unchanged(self, teachers: Mapping[str, nn.Module]) -> None:
@@ -104,6 +106,7 @@ class Guards:
         self.readings = [Reading(**r) for r in state["terms"]]
         self.warnings = list(state["warnings"])
         self.fingerprint = dict(state.get("fingerprint", {}))
+        self.remember(self._watched)  # a state was loaded, also into what components hold of a teacher
 
 
 def digest(value: Any, limit: int | None = None) -> str:

@@ -31,7 +31,7 @@ def prepare(distiller: Distiller, run: RunContext) -> None:
     _set_up(models)
     for teacher in parts.teachers.values():
         frozen(teacher)
-    distiller.to(run.device)
+    distiller.train().to(run.device)
     _set_taps(parts)
     _set_up(each for each in parts.components() if each not in models)
     distiller.to(run.device)
@@ -136,7 +136,7 @@ def _check_judged(parts: Parts, said: Outputs, batch: Batch) -> None:
     if not isinstance(inferred, Mapping):
         given, allowed = type(inferred).__name__, 'a dict of tensors, for example {"logits": ...}'
         raise InputError("student", "infer() gives tensors by name", given=given, allowed=allowed)
-    shapes = {name: tuple(value.shape) for name, value in inferred.items()}
+    shapes = {k: tuple(v.shape) for k, v in inferred.items() if isinstance(v, torch.Tensor)}
     problem, allowed = "the task's metrics cannot judge what it infers", f"{task.classes} classes"
     with blame("student", problem, given=shapes, allowed=allowed):
         task.meter().update(inferred, said, batch)

@@ -123,6 +123,13 @@ class Objective(nn.Module):
             teacher.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> Self:
+        """Teachers keep eval mode: also what a component holds of one, and what one's setup made."""
+        super().train(mode)
+        for module in (m for teacher in self.teachers.values() if mode for m in teacher.modules()):
+            module.training = False
+        return self
+
     def forward(self, batch: Batch) -> Tensor:
         """The objective of a batch: the weighted sum of its terms."""
         return self.hear(batch, Counts()).objective()

@@ -298,6 +298,16 @@ def test_an_inference_rule_gives_tensors_by_name(
     assert "'Outputs'" in str(caught.value)
 
 
+def test_an_inference_rule_may_give_lists_beside_what_is_judged(
+    tiny: dict[str, Any], write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, rule = plugins.registry(), '{"logits": outputs.logits, "boxes": [*outputs.logits]}'
+    component = Component("rule", f"{write_module(RULE.replace('return outputs', f'return {rule}'))}:Rule")
+    monkeypatch.setitem(registry.offers["student"], "rule", [(registry.entries[0], component)])
+    tiny["student"] = {"use": "rule"}
+    assert kdcore.check(tiny).student.use == "rule"
+
+
 def test_a_good_checkpoint_is_used(tiny: dict[str, Any], tmp_path: Path) -> None:
     model = build_module("kdcore.zoo:mlp", {"hidden": [16]})
     save_file(model.state_dict(), tmp_path / "weights.safetensors")

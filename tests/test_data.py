@@ -144,6 +144,13 @@ def test_wrong_data_in_words(name: str, table: dict[str, Any], message: str) -> 
         source(name, **table)
 
 
+def test_a_splits_batches_are_there_each_time_they_are_asked_for() -> None:
+    batches = source("one", eval_batch_size=3).loader("val")
+    assert len(batches) == 2
+    for _ in range(2):  # a probe goes through them once a model
+        assert [b["id"].tolist() for b in batches] == [[0, 1, 2], [3]]
+
+
 def test_ids_alone() -> None:
     made = Source(DataTable(use="ids", count=5, batch_size=2), seed=0)
     assert [b["id"].tolist() for b in made.loader("train")] == [[0, 1, 2, 3, 4]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,3 +93,76 @@ def test_a_teacher_whose_weights_come_from_nowhere_is_a_warning(tiny: dict[str, 
     del tiny["teacher"]["main"]["train"]
     random = kdcore.run(tiny, out=tmp_path / "random")
     assert "teacher.main has neither checkpoint nor train" in (random.folder / "report.md").read_text("utf-8")
+
+
+HOLDING = """
+    import torch
+    from torch import nn
+    from kdcore import Component, hookimpl
+    from kdcore.kinds import Loss
+
+    modes, CRASH_AT = set(), set()
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 10))
+
+        def forward(self, input):
+            if torch.is_grad_enabled() is False:  # asked as a teacher
+                modes.update(module.training for module in self.modules())
+            return super().forward(input)
+
+    class Holding(Loss):
+        def setup(self):
+            self.held = self.run.teachers["main"].model
+
+        def forward(self, student, teacher, batch):
+            return (student.logits - teacher.logits).square().mean(-1)
+
+        def after_step(self):
+            if self.run.step in CRASH_AT:
+                CRASH_AT.discard(self.run.step)
+                raise KeyError(self.run.step)
+
+    @hookimpl
+    def kd_losses():
+        yield Component("holding", f"{__name__}:Holding")
+"""
+
+
+def holding(install: Callable[..., Any], tiny: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A loss that holds a teacher's module with dropout, as one that reuses its classifier would."""
+    name = install("holding", HOLDING).target
+    net = {"use": "module", "model": f"{name}:Net"}
+    tiny |= {"teacher": {"main": net}, "loss": [{"use": "holding"}]}
+    return importlib.import_module(name), tiny
+
+
+def test_a_teacher_is_in_eval_mode_also_where_a_loss_holds_it(
+    install: Callable[..., Any], tiny: dict[str, Any], tmp_path: Any
+) -> None:
+    module, recipe = holding(install, tiny)
+    kdcore.run(recipe, out=tmp_path / "run")
+    assert module.modes == {False}
+
+
+def test_a_resumed_run_does_not_take_its_own_state_for_a_change(
+    install: Callable[..., Any], tiny: dict[str, Any], tmp_path: Any
+) -> None:
+    module, recipe = holding(install, tiny)
+    recipe["train"] |= {"checkpoint_every": 2}
+    module.CRASH_AT.add(5)
+    with pytest.raises(KeyError):
+        kdcore.run(recipe, out=tmp_path / "run")
+    assert kdcore.run(recipe, out=tmp_path / "run", resume=True).results["student"]["steps"] == 8
+
+
+@pytest.mark.parametrize("weights", ["ema", "initial", "current"])
+def test_the_student_as_its_own_teacher_is_asked_in_eval_mode(
+    weights: str, install: Callable[..., Any], tiny: dict[str, Any], tmp_path: Any
+) -> None:
+    module, recipe = holding(install, tiny)
+    recipe |= {"student": recipe["teacher"]["main"], "loss": [{"use": "kd"}]}
+    recipe["teacher"] = {"main": {"use": "self", "weights": weights}}
+    kdcore.run(recipe, out=tmp_path / "run")
+    assert module.modes == {False}
