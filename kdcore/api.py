@@ -56,10 +56,15 @@ def _opened(
             raise RunError(f"code that the recipe names called sys.exit({error.code!r})") from error
 
 
-def check(where: RecipeLike, overrides: Iterable[str] = (), *, plugins_only: bool = False) -> Recipe:
-    """All three phases: text and names, signatures, then models, taps and shapes on one small real batch."""
+def check(
+    where: RecipeLike, overrides: Iterable[str] = (), *, plugins_only: bool = False, quiet: bool = True
+) -> Recipe:
+    """All three phases: text and names, signatures, then models, taps and shapes on one small real batch.
+
+    Warnings go to standard error, unless ``quiet``.
+    """
     with _opened(where, overrides, None, plugins_only) as (_, recipe):
-        running.check(recipe)
+        running.check(recipe, Progress(quiet).say)
         return recipe
 
 
@@ -84,7 +89,7 @@ def run(
         folder = (Path(out) if out else default).absolute()
         progress = Progress(quiet or bool(parallel.rank()))
         if not (resume and os.path.exists(folder / LOCK)):
-            running.check(recipe)
+            running.check(recipe, progress.say)
             if resume:
                 progress.say(f"nothing to resume in {folder}: starting")
         with nullcontext() if parallel.rank() else folders.opened(folder, source, resume, force):

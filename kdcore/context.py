@@ -102,7 +102,7 @@ class RunContext:
         part = self.sample.part((slot.streams or self.sample.streams)[0])
         with evaluating(self._distiller):
             said = {name: ask(name, part) for name in slot.teachers}
-            heard = Heard("", part, ask("student", part), said).read_by(slot)
+            heard = self._distiller.read(Heard("", part, ask("student", part), said), slot)
         return heard.student, heard.teachers if loss.joint else next(iter(heard.teachers.values()), None)
 
     def update(self, component: Kind, loss: Tensor, clip: float | None = None) -> None:

@@ -6,7 +6,8 @@ What is random in a sample is a pure function of (seed, epoch, stream, id); ``kd
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdcore.datasets import TensorSet
 from kdcore.errors import InputError, KDError, RunError, blame, cause
+from kdcore.guards import digest
 from kdcore.order import Key, Order, StepSampler, key_seed, shard
 from kdcore.signature import import_string, schema_of
 from kdcore.tables import DataTable
@@ -152,6 +154,24 @@ class Source:
         if isinstance(size, dict) and set(size) != set(names):
             raise InputError("data.batch_size", "one size a stream is needed", given=size, allowed=names)
 
+    @cached_property
+    def doubts(self) -> list[str]:
+        """Warnings, from what costs nothing: ids of sets in memory, and the first samples of others."""
+        train, found = self.streams[self.epoch], list[str]()
+        if self.table.use == "ids":  # are the samples of every split
+            return found
+        with suppress(RunError):  # a sample that cannot be read is told where it is needed
+            ids = _ids(train)
+            if len(set(ids)) < len(ids):
+                found.append(
+                    "samples of train share an id: what is random in a sample, and a cache, go by it."
+                )
+            for name in ("val", "test"):
+                split = getattr(self.data, name)
+                if split is train or _repeats(train, split):
+                    found.append(f"samples of train are in {name}: its metrics say nothing of new data.")
+        return found
+
     def _carve(self) -> None:
         """Take the share ``tune`` from the epoch's stream, by the split seed alone (the same in every arm)."""
         whole = self.streams[self.epoch]
@@ -205,6 +225,22 @@ class Source:
 
 def _first(name: str, data: Any, count: int, start: int = 0) -> list[Key]:
     return [Key(name, 0, index) for index in range(start, min(start + count, len(data)))]
+
+
+def _ids(data: Any) -> list[int]:
+    """The ids of a set in memory, of another one those of its first samples."""
+    whole = isinstance(data, TensorSet)
+    return [int(i) for i in (data.values if whole else batch_of(data, _first("", data, 8)))["id"]]
+
+
+def _repeats(train: Any, split: Any) -> bool:
+    """Whether a sample is in both: ids may count from 0 in each, so what has one id is compared."""
+    mine, theirs = ({each: index for index, each in enumerate(_ids(data))} for data in (train, split))
+    shared = [(mine[each], theirs[each]) for each in theirs if each in mine]
+    return any(
+        digest(batch_of(train, [Key("", 0, a)])) == digest(batch_of(split, [Key("", 0, b)]))
+        for a, b in shared[:8]
+    )
 
 
 def _same(batch: Any) -> Any:

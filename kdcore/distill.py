@@ -93,7 +93,8 @@ class Distiller(Objective):
         return now
 
     def _look(self, now: Pass) -> None:
-        self.guards.look(now.terms, [each.student for each in now.heard.values()], self.run.step)
+        said = [each.student for each in now.heard.values()]
+        self.guards.look(now.terms, said, self.run.step, lambda: self.culprit(now))
 
     def _trained(self, optim_wrapper: Any) -> list[nn.Parameter]:
         return [p for group in optim_wrapper.optimizer.param_groups for p in group["params"]]

@@ -69,7 +69,7 @@ class MetricsHook(Hook):
     def after_train_iter(self, runner: Runner, outputs: Any, **_: Any) -> None:
         step = self.job.run.step
         if step % LOG_STEPS == 0 or step == 1 or step == self.job.run.total_steps:
-            check_finite(outputs, step)
+            check_finite(outputs, step, self.job.title)
             values = {name: parallel.total(value, value.device) for name, value in outputs.items()}
             lr = float(runner.optim_wrapper.optimizer.param_groups[0]["lr"])
             self._write(runner, {"step": step, **values, "lr": lr, **self.extra})

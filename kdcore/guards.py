@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,12 +43,22 @@ class Guards:
     readings: list[Reading] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     enabled: bool = True
+    title: str = "training"  # the fit
     fingerprint: dict[str, Any] = field(default_factory=dict)
     _watched: Mapping[str, nn.Module] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
-    def look(self, terms: Mapping[str, tuple[float, Tensor]], student: Iterable[Outputs], step: int) -> None:
-        """Read the terms that are there for the first time, on their graph; ``student``: what it says."""
+    def look(
+        self,
+        terms: Mapping[str, tuple[float, Tensor]],
+        student: Iterable[Outputs],
+        step: int,
+        culprit: Callable[[], tuple[str, str] | None] = lambda: None,
+    ) -> None:
+        """Read the terms that are there for the first time, on their graph; ``student``: what it says.
+
+        ``culprit``: place and name of what was not finite before any term was.
+        """
         fresh = terms.keys() - {reading.term for reading in self.readings}
         if not fresh or not self.enabled:
             return
@@ -59,14 +69,16 @@ class Guards:
             if name in fresh:
                 norm = norms[name] or 0.0
                 self.readings.append(Reading(name, step, weight, float(value.detach()), norm, norm / whole))
-                self._judge(self.readings[-1], aside=value.requires_grad and norms[name] is None)
+                self._judge(self.readings[-1], value.requires_grad and norms[name] is None, culprit)
 
-    def _judge(self, r: Reading, aside: bool) -> None:
+    def _judge(self, r: Reading, aside: bool, culprit: Callable[[], tuple[str, str] | None]) -> None:
         """``aside``: the term trains a component's own parameters (a router's gate), and not the student."""
         if not math.isfinite(r.value) or not math.isfinite(r.gradient_norm):
             said = f"loss term {r.term!r} is {r.value} with gradient norm {r.gradient_norm} at step {r.step}"
-            hint = 'look at its inputs (inf logits, log of 0), lower lr, or use precision = "fp32"'
-            raise RunError(f"{said}.\n  hint    {hint}")
+            hint = 'inputs and outputs are finite: log of 0, lr, or precision (try "fp32")'
+            if (found := culprit()) is not None:
+                hint = f"{found[1]!r} of {found[0]} is not finite before any term is: look there"
+            raise RunError(f"{said} of {self.title}.\n  hint    {hint}")
         if r.share < DEAD_SHARE and not aside:
             share = f"{100 * r.share:.2g} % of the gradient at the student's outputs"
             said = f"{share} (weight {r.weight:g}, value {r.value:.4g})"
@@ -127,12 +139,12 @@ def digest(value: Any, limit: int | None = None) -> str:
     return state.hexdigest()
 
 
-def check_finite(logs: Mapping[str, Tensor], step: int) -> None:
-    """Raise RunError naming the terms that are not finite."""
+def check_finite(logs: Mapping[str, Tensor], step: int, title: str) -> None:
+    """Raise RunError naming the fit and the terms that are not finite."""
     values = {name: float(value) for name, value in logs.items()}
     if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
         hint = "lower train.optimizer.lr, set train.clip, or look at the terms' inputs"
-        raise RunError(f"not finite at step {step}: {', '.join(bad)}.\n  hint    {hint}")
+        raise RunError(f"not finite at step {step} of {title}: {', '.join(bad)}.\n  hint    {hint}")
 
 
 def _roots(outputs: Outputs) -> list[Tensor]:

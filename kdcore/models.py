@@ -44,7 +44,7 @@ class _Wrapped(Kind):
         model: Callable[..., Any],
         args: dict[str, Any] = {},  # noqa: B006 - read only; the schema shows the default
         inputs: list[str] = ["input"],  # noqa: B006
-        checkpoint: str | None = None,
+        checkpoint: Annotated[str, Field(min_length=1)] | None = None,
     ) -> None:
         super().__init__()
         kind = "student" if isinstance(self, Student) else "teacher"

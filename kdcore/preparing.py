@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kdcore.context import RunContext
+from kdcore.counts import Counts
 from kdcore.distill import Distiller
 from kdcore.errors import InputError, blame
 from kdcore.kinds import Augmentation, Kind, evaluating, frozen
@@ -15,6 +16,7 @@ from kdcore.parts import Parts
 from kdcore.taps import Taps
 from kdcore.types import Batch, Outputs
 
+FORMS = {"classification": "BC", "language": "BLV", "segmentation": "BCHW"}  # axes of logits
 DEBUG = "kd run --debug shows where"
 
 
@@ -88,14 +90,18 @@ def _try(distiller: Distiller, batch: Batch) -> None:
     parts = distiller.parts
     for stream in batch.streams:
         part = batch.part(stream)
-        said = _asked(distiller, "student", part, "student")
+        said = _asked(distiller, "student", part, parts.student.place or "student")
         if not batch.parts:  # what a stream of several is for, its losses know
             _check_judged(parts, said, part)
         for name in parts.needs:
             _check_classes(said, _asked(distiller, name, part, f"teacher.{name}"), parts, name)
     for augmentation in parts.augmentations.values():
         batch = augmentation(batch)
-    distiller.terms(batch)
+    now = distiller.hear(batch, Counts())
+    bad = [name for name, (_, value) in now.terms.items() if not value.isfinite()]
+    if bad and (found := distiller.culprit(now)) is not None:  # else a term of so few samples may be so
+        problem = f"{found[1]!r} is not finite in the first batch; nor is {', '.join(bad)}"
+        raise InputError(found[0], problem)
 
 
 def _asked(distiller: Distiller, name: str, part: Batch, place: str) -> Outputs:
@@ -126,17 +132,23 @@ def _check_classes(student: Outputs, teacher: Outputs, parts: Parts, name: str) 
 
 
 def _check_judged(parts: Parts, said: Outputs, batch: Batch) -> None:
-    """The task's metrics take the student's answers: as many classes as the data have."""
-    task, logits = parts.task, said.logits
+    """The task's metrics take the student's answers: of its form, as many classes as the data have."""
+    task, logits, place = parts.task, said.logits, parts.student.place or "student"
+    form = FORMS.get(task.table.use)
+    if form and logits is not None and logits.dim() != len(form):
+        problem = f"{task.table.use!r} judges logits [{', '.join(form)}]"
+        raise InputError(
+            "task.use", problem, given=tuple(logits.shape), hint="another task, or another model"
+        )
     classes = task.classes if task.table.use == "classification" else None
     if classes and logits is not None and logits.shape[1] < classes:
         problem = f"the student has {logits.shape[1]} classes, the data {classes}"
-        raise InputError("student", problem, hint="give the model an output for each class")
+        raise InputError(place, problem, hint="give the model an output for each class")
     inferred: Any = parts.student.infer(said)
     if not isinstance(inferred, Mapping):
         given, allowed = type(inferred).__name__, 'a dict of tensors, for example {"logits": ...}'
-        raise InputError("student", "infer() gives tensors by name", given=given, allowed=allowed)
+        raise InputError(place, "infer() gives tensors by name", given=given, allowed=allowed)
     shapes = {k: tuple(v.shape) for k, v in inferred.items() if isinstance(v, torch.Tensor)}
     problem, allowed = "the task's metrics cannot judge what it infers", f"{task.classes} classes"
-    with blame("student", problem, given=shapes, allowed=allowed):
+    with blame(place, problem, given=shapes, allowed=allowed):
         task.meter().update(inferred, said, batch)

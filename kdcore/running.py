@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from kdcore.checkpoint import replacing, write_json, write_text
 from kdcore.folder import IDENTITY, placed, portable, same_recipe
 from kdcore.progress import Progress
 from kdcore.signals import graceful
-from kdcore.stages import StageRun, device_of
+from kdcore.stages import StageRun, device_of, doubts, trainee
 from kdcore.tables import Recipe, StageTable
 
 STANDARD = StageTable(use="distill", name="distill")  # what a recipe without stages runs
@@ -41,28 +41,32 @@ def stages(whole: Recipe) -> Iterator[StageOf]:
         yield StageOf(place, recipe.stage_name(table, index), table, view)
 
 
-def check(whole: Recipe) -> None:
-    """Phases two and three. Stages that need earlier artefacts are tried when they start."""
+def check(whole: Recipe, say: Callable[[str], None]) -> None:
+    """Phases two and three. Stages that need earlier artefacts are tried when they start. ``say`` is given warnings."""
     recipe.check_signatures(whole)
     with tempfile.TemporaryDirectory() as scratch:
         for each in stages(whole):
             if each.table.use == "distill" and '"@' not in json.dumps(each.recipe.model_dump(), default=str):
-                _try(StageRun(each.recipe, "check", Path(scratch)))
+                for doubt in _try(StageRun(each.recipe, "check", Path(scratch))):
+                    say(f"warning: {doubt}")
 
 
-def _try(trial: StageRun) -> None:
-    """Build and set up everything that a stage of ``distill`` will, on a small real batch; keep nothing."""
+def _try(trial: StageRun) -> list[str]:
+    """Build and set up everything that a stage of ``distill`` will, on a small real batch; keep only warnings."""
     view = trial.recipe
-    for name, table in view.teacher.items():
-        trial.of_teacher(name)
-        if table.train is not None:
-            device_of(recipe.teacher_train(view, name))
+    teachers = {name: trial.of_teacher(name) for name in view.teacher}
+    trains = {name: recipe.teacher_train(view, name) for name in building.to_train(view)}
+    for train in trains.values():
+        device_of(train)
     parts = building.assemble(view, trial.source, trial.builder())
     _, context = trial.context(parts)
     optimizers.optimizer_of(view.train.optimizer, optimizers.trainable(parts), "train.optimizer")
     optimizers.own_optimizers(parts, view)
     if view.export is not None:
         parts.student.inputs(context.sample.part(context.sample.streams[0]))
+    for name, train in trains.items():
+        teachers[name].context(trainee(teachers[name], name)[1], train)
+    return doubts(trial, parts)
 
 
 def run(whole: Recipe, folder: Path, progress: Progress, force: bool = False) -> dict[str, Any]:

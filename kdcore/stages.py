@@ -111,8 +111,8 @@ class StageRun:
         if parallel.world() > 1:
             parallel.refuse_batch_statistics(student)
         distiller, _ = self.context(parts, table)
-        distiller.guards.enabled = self.recipe.report.guards
-        distiller.guards.warnings += _untrained(self.recipe, parts)
+        distiller.guards.enabled, distiller.guards.title = self.recipe.report.guards, f"{self.name}/{name}"
+        distiller.guards.warnings += doubts(self, parts)
         parallel.make_folder(folder)
         for each in [student, *parts.teachers.values()] if table.compile else ():
             each.model.compile()
@@ -199,17 +199,22 @@ class Distill(Stage):
         return {"student": str(path), "results": results}
 
 
+def trainee(run: StageRun, name: str) -> tuple[Teacher, Parts]:
+    """A teacher as it is before its training, and the parts of that."""
+    teacher = building.make_teacher(run.recipe, name, run.builder())
+    student = teacher.trainee()
+    assert student is not None  # make_teacher saw to it
+    student.place = teacher.place
+    return teacher, building.alone(run.recipe, run.source, student, run.recipe.teacher[name].view)
+
+
 def train_teacher(run: StageRun, name: str) -> tuple[Teacher, dict[str, Any]]:
     """A teacher trained on the labels of its own data, or loaded where that is done; and the result of its fit.
 
     Its weights are then in teacher-NAME/teacher.safetensors.
     """
     run = run.of_teacher(name)
-    teacher = building.make_teacher(run.recipe, name, run.builder())
-    trainee = teacher.trainee()
-    assert trainee is not None  # make_teacher saw to it
-    trainee.place = teacher.place
-    parts = building.alone(run.recipe, run.source, trainee, run.recipe.teacher[name].view)
+    teacher, parts = trainee(run, name)
     result = run.fit(parts, f"teacher-{name}", teacher_train(run.recipe, name))
     path = run.folder / f"teacher-{name}" / "teacher.safetensors"
     if not path.exists() and not parallel.rank():
@@ -237,9 +242,10 @@ def _judged(
     return found, meters["student"].majority()
 
 
-def _untrained(recipe: Recipe, parts: Parts) -> list[str]:
-    """A warning for each teacher of which nothing says where its weights come from."""
-    return [
+def doubts(run: StageRun, parts: Parts) -> list[str]:
+    """Warnings before any step: of the data, and of each teacher of which nothing says where its weights come from."""
+    recipe = run.recipe
+    return run.source.doubts + [
         f"teacher.{name} has neither checkpoint nor train: unless its callable loads weights, they are random."
         for name, teacher in parts.teachers.items()
         if recipe.teacher[name].train is None and not getattr(teacher, "has_weights", True)

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jaccard_index": {"ignore_index": -100},
     "perplexity": {"ignore_index": -100},
 }
+CLASSES = ("classification", "language", "segmentation")  # tasks whose targets are class indices
 Loader = Iterable[Batch]
 Answer = tuple[Batch, Outputs]
 View = Mapping[str, str] | None
@@ -64,6 +65,8 @@ class Task:
     def __init__(self, table: TaskTable, classes: int | None) -> None:
         self.table, self.classes = table, classes
         self.metrics = DEFAULT_METRICS[table.use] if table.metrics is None else table.metrics
+        if twice := sorted({name for name in self.metrics if self.metrics.count(name) > 1}):
+            raise InputError("task.metrics", "named twice", given=twice)
         for name in self.metrics:
             if name != LOSS:
                 _metric_class(name)
@@ -92,7 +95,22 @@ class Task:
 
     def _cross_entropy(self, logits: Tensor, *, target: Tensor) -> Tensor:
         logits, smoothing = logits.float(), self.table.label_smoothing
-        return F.cross_entropy(logits, target, ignore_index=-100, reduction="none", label_smoothing=smoothing)
+        options: Any = {"ignore_index": -100, "reduction": "none", "label_smoothing": smoothing}
+        try:
+            return F.cross_entropy(logits, target, **options)
+        except (IndexError, RuntimeError, ValueError):
+            self.check_target(target, min(logits.shape[1], self.classes or logits.shape[1]))
+            raise
+
+    def check_target(self, target: Tensor, classes: int) -> None:
+        """InputError where the targets of a task on classes are no class indices."""
+        valid = target[target != -100]
+        outside = valid.numel() and not 0 <= valid.min() <= valid.max() < classes
+        if self.table.use in CLASSES and (outside or target.dtype != torch.int64):
+            given = f"{target.dtype}, {valid.min().item()} to {valid.max().item()}"
+            allowed = f"class indices: torch.int64, 0 to {classes - 1}, or -100 (ignored)"
+            problem = "'target' is no class index"
+            raise InputError("data.source", problem, given=given, allowed=allowed) from None
 
     def meter(self) -> Meter:
         return Meter(self)
@@ -115,8 +133,12 @@ class Meter:
         return {name: self._make(name, classes) for name in self.task.metrics if name != LOSS}
 
     def _make(self, name: str, classes: int | None) -> Any:
-        kind, options = _metric_class(name), OPTIONS.get(name, {})
-        if ":" in name or name == "perplexity" or self.task.table.use == "regression":
+        kind, options, use = _metric_class(name), OPTIONS.get(name, {}), self.task.table.use
+        wanted, other = ("classification", "regression")[:: -1 if use == "regression" else 1]
+        if kind.__module__.startswith(f"torchmetrics.{other}."):
+            hint = f"one of torchmetrics.{wanted}, in snake_case"
+            raise InputError("task.metrics", f"task.use = {use!r} has no such metric", given=name, hint=hint)
+        if ":" in name or name == "perplexity" or use == "regression":
             return kind(**options)
         if not classes:
             problem = f"metric {name!r} needs the number of classes"
@@ -139,6 +161,8 @@ class Meter:
         if self.task.table.use == "language":
             self._metrics = self._metrics or self._made(prediction.shape[-1])
             prediction, target = prediction[target != -100], target[target != -100]
+        if self._metrics and not any(":" in name for name in self._metrics):  # anybody's own may take others
+            self.task.check_target(target, self.task.classes or prediction.shape[-1])
         for name, metric in self._metrics.items():
             if name == "perplexity":  # wants [B,L,V] and [B,L]
                 metric.update(prediction[None], target[None])

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from kdcore import parallel, streams
 from kdcore.counts import ALL, Counts, weighed
-from kdcore.errors import InputError, KDError
+from kdcore.errors import InputError
 from kdcore.kinds import Terms
 from kdcore.parts import Parts, Slot
 from kdcore.streams import Streams
 from kdcore.taps import Replace
-from kdcore.types import Batch, Outputs
+from kdcore.types import FIELDS, Batch, Outputs
 
 if TYPE_CHECKING:
     from kdcore.context import RunContext
@@ -149,7 +149,10 @@ class Objective(nn.Module):
         if self.parts.task_weight and not any(slot.loss.hard_term for slot in self.parts.losses):
             self._task(now)
         if not now.terms:
-            raise KDError("no loss has a term here: the recipe has no [[loss]], and the batch no target")
+            learner = self.parts.student.place or "student"
+            problem = "no loss acts here" if self.parts.losses else "learns from labels alone"
+            place = learner if learner == "student" else f"{learner}.train"
+            raise InputError(place, f"{problem}, and its batches hold no 'target'", given=sorted(batch))
         return now
 
     def ask(
@@ -172,6 +175,35 @@ class Objective(nn.Module):
         """The task's terms of these outputs: the student's own, or else the recipe's task's."""
         own = self.student.task_loss(outputs, batch)
         return self.parts.task.terms(outputs, batch) if own is None else own
+
+    def read(self, heard: Heard, slot: Slot) -> Heard:
+        """What a loss is given of a stream. InputError where a model gives none of its tensors, and no path is named."""
+        given = heard.read_by(slot)
+        for side, _, name in (want.partition(".") for want in slot.loss.wants()):
+            told = given.teachers if side == "teacher" else {"student": given.student}
+            for model, said in told.items():
+                if name not in said and name not in FIELDS:
+                    owner = self.student if model == "student" else self.teachers[model]
+                    place, paths = f"{slot.loss.place}.reads.{side}.{name}", dict(owner.model.named_modules())
+                    problem, hint = f"the {side} gives no {name!r} itself", f'reads.{side}.{name} = "PATH"'
+                    raise InputError(place, f"{problem}: name the module", allowed=[*paths][1:], hint=hint)
+        return given
+
+    def culprit(self, now: Pass) -> tuple[str, str] | None:
+        """The first that is not finite of inputs, teachers' answers and the student's: its place, and its name."""
+        for bad in (torch.isnan, torch.isinf):
+            for heard in now.heard.values():
+                told = {f"teacher.{name}": said.named() for name, said in heard.teachers.items()}
+                place = self.parts.student.place or "student"
+                for who, values in {
+                    "data.source": heard.batch.items(),
+                    **told,
+                    place: heard.student.named(),
+                }.items():
+                    for name, value in values:
+                        if isinstance(value, Tensor) and value.is_floating_point() and bad(value).any():
+                            return who, name
+        return None
 
     def _student(self, batch: Batch) -> dict[str, Heard]:
         if not batch.parts:
@@ -222,7 +254,7 @@ class Objective(nn.Module):
 
     def _loss(self, slot: Slot, weight: float, now: Pass) -> None:
         loss = slot.loss
-        heard = [each.read_by(slot) for each in now.of(None if loss.all_streams else slot.streams)]
+        heard = [self.read(each, slot) for each in now.of(None if loss.all_streams else slot.streams)]
         if loss.couples_batch and parallel.world() > 1:
             heard = [each.gathered() for each in heard]
         if loss.all_streams:

@@ -186,13 +186,13 @@ class Outputs:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
-            have = sorted([*self.tensors, *(n for n in _FIELDS if n in self)])
+            have = sorted([*self.tensors, *(n for n in FIELDS if n in self)])
             hint = nearest(name, have) or ""
             raise KDError(f"the model gives no {name!r}; it gives {have}. {hint}".strip())
         return self.tensors[name] if name in self.tensors else getattr(self, name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or (name in _FIELDS and getattr(self, name) is not None)
+        return name in self.tensors or (name in FIELDS and getattr(self, name) is not None)
 
     def named(self) -> Iterator[tuple[str, Any]]:
         """Every tensor that is there, by name."""
@@ -223,7 +223,7 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value) if hasattr(value, "detach") else value
 
 
-_FIELDS = frozenset(f.name for f in fields(Outputs)) - {"tensors"}
+FIELDS = frozenset(f.name for f in fields(Outputs)) - {"tensors"}
 
 
 @dataclass

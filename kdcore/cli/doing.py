@@ -32,7 +32,9 @@ def run(recipe: str, overrides: tuple[str, ...], check: bool, **options: Any) ->
     """Run RECIPE: a .toml file, or SLUG:RECIPE of an installed plugin."""
     if check:
         seed = () if options["seed"] is None else (f"seed={options['seed']}",)
-        kdcore.check(recipe, (*overrides, *seed), plugins_only=options["plugins_only"])
+        kdcore.check(
+            recipe, (*overrides, *seed), plugins_only=options["plugins_only"], quiet=options["quiet"]
+        )
         click.echo(f"{recipe}: a valid recipe")
     else:
         show_report("run folder", kdcore.run(recipe, overrides=overrides, **options).folder)
