@@ -151,7 +151,10 @@ class HFStudent(Wrapped, Student):
         if self.head == "image-classification":
             return super().shapes(inputs)
         longest = max(value.shape[1] for value in inputs.values())
-        return dict.fromkeys(inputs, ("batch", "length")), {"batch": self.export_batch, "length": (1, longest)}
+        return dict.fromkeys(inputs, ("batch", "length")), {
+            "batch": self.export_batch,
+            "length": (1, longest),
+        }
 
     def parameters_to_ship(self) -> dict[str, Tensor]:
         """The weights under transformers' names."""
