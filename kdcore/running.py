@@ -106,14 +106,14 @@ def _left(stage: StageOf, given: StageRun, folder: Path) -> dict[str, Any]:
 
 def _finish(whole: Recipe, folder: Path, artefacts: dict[str, Any], results: dict[str, Any]) -> None:
     """Student, probes, results, report and export: what the run leaves at the top of its folder."""
-    from kdcore import report, setup, shipping
+    from kdcore import report, shipping, summary
 
     last = next((v for k, v in reversed(artefacts.items()) if k.endswith(".student")), None)
     if last:
         with replacing(folder / "student.safetensors") as draft:
             shutil.copyfile(last, draft)
     results["seed"], results["versions"] = whole.seed, versions(whole)
-    results["setup"] = setup.rows(whole, results)
+    results["setup"] = summary.rows(whole, results)
     if whole.probe:
         results["probes"] = shipping.measure_probes(whole, folder)
     if whole.export is not None:

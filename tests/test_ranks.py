@@ -146,7 +146,7 @@ def test_a_batch_that_leaves_a_process_without_samples_is_refused(done: Any) -> 
 def test_a_signal_to_one_process_saves_and_ends_both(done: Any) -> None:
     for rank, who in ((0, "another rank"), (1, "SIGTERM")):
         said = (done.folder / f"fewer-1.error{rank}").read_text("utf-8")
-        assert said == f"3 stopped by {who} at step 5 of 8; the state is saved"
+        assert said.startswith(f"3 stopped by {who} at step 5 of 8; the state is saved\n  hint    kd resume ")
 
 
 def test_two_processes_go_on_with_the_same_bits(done: Any, digest: Callable[[Path], dict[str, str]]) -> None:

@@ -29,7 +29,7 @@ READING = {
     "The step": "distill terms streams counts guards",
     "Training: mmengine's Runner and what it lacks": "engine engine_hooks checkpoint signals progress memory",
     "More than one process": "parallel sharding",
-    "A run, from its folder to its report": "api running stages folder setup report shipping",
+    "A run, from its folder to its report": "api running stages folder summary report shipping",
     "The command line": "cli/__init__ cli/common cli/doing cli/looking cli/writing doctor scaffold",
     "Packages that are imported on use": "functional caching comparison testing",
 }

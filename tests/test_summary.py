@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 import kdcore
-from kdcore import setup
+from kdcore import summary
 from kdcore.plugins import Entry
 from kdcore.recipe import parse
 
 
 def settings(tree: dict[str, Any], results: dict[str, Any] | None = None) -> dict[str, str]:
-    return {row["part"]: f"{row['is']}: {row['settings']}" for row in setup.rows(parse(tree), results or {})}
+    return {
+        row["part"]: f"{row['is']}: {row['settings']}" for row in summary.rows(parse(tree), results or {})
+    }
 
 
 def test_every_part_with_the_parameters_that_it_had(rich: tuple[dict[str, Any], Any]) -> None:
@@ -34,6 +36,14 @@ def test_every_part_with_the_parameters_that_it_had(rich: tuple[dict[str, Any], 
         "AdamW: epochs 1; batch size 32; lr 0.002; betas 0.9, 0.999;"
     )
     assert found["training of the student"].endswith("; schedule cosine; warmup 0.2; clip 1; keep best")
+
+
+def test_arguments_that_an_earlier_stage_leaves_are_named(rich: tuple[dict[str, Any], Any]) -> None:
+    tree = {**rich[0], "student": {"use": "module", "model": "kdcore.zoo:mlp", "args": "@search.args"}}
+    assert (
+        settings(tree)["student"]
+        == "module: inputs input; export batch 1, 64; model kdcore.zoo:mlp; args @search.args"
+    )
 
 
 ROUTED = """

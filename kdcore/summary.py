@@ -69,7 +69,7 @@ def effective(kind: str, use: str, params: Mapping[str, Any]) -> Settings:
             settings[key] = f"{value['use']} ({told(inner)})"
     model = params.get("model")
     built = {"model", "args"} <= found.params.keys() and found.made("model") == "callable"
-    if built and model and not is_artefact(model):
+    if built and model and not is_artefact(model) and not is_artefact(settings.get("args")):
         settings["model"] = f"{_named(model)}({told(_called(model, settings.pop('args', {})))})"
     return {key: _named(value) for key, value in settings.items()}
 
