@@ -100,8 +100,13 @@ def _not_loaded(error: pickle.UnpicklingError, place: str, given: str) -> InputE
 
 
 def load_weights(module: nn.Module, path: str | os.PathLike[str], place: str) -> None:
-    """Load every weight of ``module`` from a file, or say which are missing, unknown or of another shape."""
+    """Load every weight of ``module`` from a file, or say which are missing, unknown or of another shape.
+
+    A prefix ``module.`` of all names is taken off: a teacher that a run trained has it, and a model saved in torch's DDP.
+    """
     found, wanted = load_tensors(path, place), module.state_dict()
+    if found and all(name.startswith("module.") for name in found) and not found.keys() & wanted.keys():
+        found = {name.removeprefix("module."): value for name, value in found.items()}
     shapes = [(k, tuple(found[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in found]
     wrong = {
         "missing": [k for k in wanted if k not in found],

@@ -218,6 +218,15 @@ def test_weights_of_another_architecture_name_what_differs(tmp_path: Path) -> No
     assert torch.equal(other[0].weight, before)  # nothing was loaded by halves
 
 
+def test_a_teacher_that_a_run_trained_is_a_checkpoint(tmp_path: Path) -> None:
+    """Its file has the names of the component, ``module.`` before those of the model, as DDP's files have."""
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    save_tensors(tmp_path / "teacher.safetensors", nn.ModuleDict({"module": model}).state_dict())
+    load_weights(other, tmp_path / "teacher.safetensors", "teacher.main.checkpoint")
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)
+
+
 def test_weights_of_the_same_architecture_are_loaded(tmp_path: Path) -> None:
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     save_tensors(tmp_path / "w.safetensors", source.state_dict())
