@@ -315,4 +315,5 @@ class Exporter(ABC):
         self, artefact: Path, student: Any, teacher: Any, *, batches: Sequence[int], threads: int
     ) -> Any:
         """Latency and throughput of an artefact beside the torch modules; ``str()`` of it is the table."""
-        raise NotImplementedError(f"{type(self).__name__} has no bench")
+        problem = f"{type(self).__name__} has no benchmark of its artefacts"
+        raise InputError("bench", problem, given=str(artefact))

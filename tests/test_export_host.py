@@ -12,7 +12,7 @@ import torch
 
 import kdcore
 from kdcore.cli import main
-from kdcore.errors import KDError
+from kdcore.errors import InputError, KDError
 from kdcore.shipping import load_student, request_of
 
 HOSTED = """
@@ -139,3 +139,14 @@ def test_objects_are_not_pickled_into_a_case(tmp_path: Path) -> None:
     found = restore(tmp_path / "case.npz")
     assert found.keys() == {"x", "y"}  # and nothing that numpy took for an array
     assert [len(each) for each in found["y"]] == [2, 3]
+
+
+def test_an_exporter_without_a_benchmark_says_so(tmp_path: Path) -> None:
+    from kdcore import Exporter
+
+    class Plain(Exporter):
+        def export_request(self, request: Any, out: Path) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(InputError, match="Plain has no benchmark"):
+        Plain().bench(tmp_path, None, None, batches=(1,), threads=1)

@@ -364,5 +364,7 @@ def test_a_view_of_ones_own() -> None:
         def transform(self, images: Tensor, z: Tensor) -> Tensor:
             return images * (-(self.rate * z).abs()).exp().view(-1, 1, 1, 1)
 
+    with pytest.raises(TypeError, match=r"abstract.* transform"):
+        type("Nothing", (View,), {})("input", 0.0, 1.0)
     augmentor = HARD(views=[Fade()])
     assert [name for name, p in augmentor.named_parameters() if p.requires_grad] == ["views.0.rate"]

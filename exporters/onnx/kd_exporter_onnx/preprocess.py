@@ -4,6 +4,7 @@ Use the same `Preprocessing` object in the training data source, so that trainin
 Every step works on a whole batch (first axis B) and never changes its input in place.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,21 +17,28 @@ from kd_exporter_onnx.errors import InputError
 Array = NDArray[Any]
 
 
-class _Step(BaseModel):
+class _Step(BaseModel, ABC):
     """`on` names the array to work on; left out, there must be exactly one. The result takes its place."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     on: str | None = None
 
+    @abstractmethod
     def run(self, value: Any) -> dict[str, Array]:
         """The arrays that the step adds or replaces; the key "" is the array itself."""
+
+
+class _Change(_Step):
+    """A step that puts one array in the place of another."""
+
+    def run(self, value: Any) -> dict[str, Array]:
         return {"": self.apply(np.asarray(value))}
 
-    def apply(self, x: Array) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def apply(self, x: Array) -> Array: ...
 
 
-class Cast(_Step):
+class Cast(_Change):
     """Another dtype; values are converted as numpy's astype does."""
 
     step: Literal["cast"] = "cast"
@@ -40,7 +48,7 @@ class Cast(_Step):
         return x.astype(self.dtype)
 
 
-class Scale(_Step):
+class Scale(_Change):
     """x * factor + offset, in float32 (1/255 for bytes)."""
 
     step: Literal["scale"] = "scale"
@@ -51,7 +59,7 @@ class Scale(_Step):
         return x.astype(np.float32) * np.float32(self.factor) + np.float32(self.offset)
 
 
-class Normalise(_Step):
+class Normalise(_Change):
     """(x - mean) / std along `axis`, in float32; one value each, or one for each channel."""
 
     step: Literal["normalise"] = "normalise"
@@ -72,7 +80,7 @@ class Normalise(_Step):
         return np.array(values, np.float32).reshape(shape)
 
 
-class Transpose(_Step):
+class Transpose(_Change):
     """Axes in another order, batch included: (0, 3, 1, 2) turns [B, H, W, C] into [B, C, H, W]."""
 
     step: Literal["transpose"] = "transpose"
@@ -84,7 +92,7 @@ class Transpose(_Step):
         return np.ascontiguousarray(x.transpose(self.order))
 
 
-class AddAxis(_Step):
+class AddAxis(_Change):
     """A new axis of size 1: axis 1 turns grey images [B, H, W] into [B, 1, H, W]."""
 
     step: Literal["add_axis"] = "add_axis"
@@ -94,7 +102,7 @@ class AddAxis(_Step):
         return np.expand_dims(x, self.axis)
 
 
-class Resize(_Step):
+class Resize(_Change):
     """Bilinear to height x width, half-pixel centres, no antialiasing, in float32.
 
     Equal to torch's interpolate(mode="bilinear", align_corners=False); not to Pillow, which antialiases.

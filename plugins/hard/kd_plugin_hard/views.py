@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -40,9 +41,9 @@ class View(Augmentation):
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
+    @abstractmethod
     def transform(self, images: Tensor, z: Tensor) -> Tensor:
         """[B,C,H,W] and [B,noise] -> images of the same shape; differentiable in images, z and parameters."""
-        raise NotImplementedError
 
     def view(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """``transform`` with z drawn from ``generator`` (on the CPU)."""
